@@ -1,0 +1,73 @@
+"""The chat format, in one place: training, evaluation and serving all take it from here.
+
+    [system] prompt <bos> answer <eos> prompt <bos> answer <eos> …
+
+Only the answers and their `<eos>` bear loss. Roles: system (first message only), user, assistant.
+"""
+
+from collections.abc import Sequence
+
+from chatglm_tokenizer.tokenization_chatglm import ChatGLMTokenizer
+
+Message = dict[str, str]  # {"role": …, "content": …}
+
+
+def encode_chat(
+    messages: Sequence[Message], tokenizer: ChatGLMTokenizer, max_len: int
+) -> tuple[list[int], list[bool]] | None:
+    """Ids of a dialogue and, for each id, whether it bears loss; None if no answer token would be left.
+
+    Too long: the oldest turns go first (never the system text); of a single turn the end of the answer is
+    cut, and its `<eos>` with it, so that the model does not learn to stop in mid-sentence.
+    """
+    head, turns = encode_turns(messages, tokenizer, max_len)
+    ids, bears_loss = list(head), [False] * len(head)
+    for prompt, answer in turns:
+        ids += prompt + answer
+        bears_loss += [False] * len(prompt) + [True] * len(answer)
+    ids, bears_loss = ids[:max_len], bears_loss[:max_len]
+    return (ids, bears_loss) if any(bears_loss) else None
+
+
+def encode_prompt(messages: Sequence[Message], tokenizer: ChatGLMTokenizer, max_len: int) -> list[int]:
+    """Ids that the model is to continue with its answer: everything up to and including the last `<bos>`.
+
+    Too long: the oldest turns go first, then the beginning of the last question; the system text stays.
+    """
+    head, turns = encode_turns(messages, tokenizer, max_len)
+    rest = [i for prompt, answer in turns for i in prompt + answer]
+    return head + rest[-max(1, max_len - len(head)) :]
+
+
+def encode_turns(
+    messages: Sequence[Message], tokenizer: ChatGLMTokenizer, max_len: int
+) -> tuple[list[int], list[tuple[list[int], list[int]]]]:
+    """Ids of the system text and of the last turns, (prompt <bos>, answer <eos>) each, that fit into max_len.
+
+    The last turn is there even if it alone does not fit; an answer still to come is an empty list.
+    """
+    bos, eos = tokenizer.special_tokens["<bos>"], tokenizer.special_tokens["<eos>"]
+    system, turns = split_turns(messages)
+    head = tokenizer.encode(system) if system else []
+    encoded = [
+        (tokenizer.encode(user) + [bos], tokenizer.encode(answer) + [eos] if answer else [])
+        for user, answer in turns
+    ]
+    while len(encoded) > 1 and len(head) + sum(len(p) + len(a) for p, a in encoded) > max_len:
+        encoded.pop(0)
+    return head, encoded
+
+
+def split_turns(messages: Sequence[Message]) -> tuple[str, list[tuple[str, str]]]:
+    """The system text and the (user, assistant) pairs; a last question without an answer has "" for it.
+
+    Raises ValueError when the roles do not alternate user, assistant.
+    """
+    messages = list(messages)
+    system = messages.pop(0)["content"] if messages and messages[0]["role"] == "system" else ""
+    expected = ["user", "assistant"] * (len(messages) // 2 + 1)
+    roles = [m["role"] for m in messages]
+    if not roles or roles != expected[: len(roles)]:
+        raise ValueError(f"roles must alternate user, assistant; got {roles}")
+    contents = [m["content"] for m in messages] + ([""] if len(messages) % 2 else [])
+    return system, list(zip(contents[::2], contents[1::2], strict=True))

@@ -1,0 +1,1 @@
+"""Stage 0: raw corpora -> clean, deduplicated parquet."""

@@ -1,0 +1,353 @@
+"""The Llama-2 model: shape, layers, loss, KV cache and sampling, in one file.
+
+Parameter names and the rotary layout are Meta's (and llama2.c's), so original `.pth` files load as they are.
+Shapes: B batch, T tokens, C model width, H query heads, K key/value heads, D head width, V vocabulary.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IGNORE = -100  # targets with this value bear no loss
+
+
+@dataclass
+class ModelArgs:
+    """The shape of a model. Field names are Meta's; the defaults are the published 92M model."""
+
+    dim: int = 512
+    n_layers: int = 8
+    n_heads: int = 8
+    n_kv_heads: int | None = None  # fewer than n_heads: grouped-query attention
+    vocab_size: int = 64793
+    hidden_dim: int | None = None  # feed-forward width; by default 8/3 dim, rounded up to multiple_of
+    multiple_of: int = 32
+    norm_eps: float = 1e-5
+    max_seq_len: int = 512
+    rope_theta: float = 10000.0
+    dropout: float = 0.0
+    tie_embeddings: bool = True  # the output matrix is the embedding matrix
+
+    def __post_init__(self) -> None:
+        self.n_kv_heads = self.n_kv_heads or self.n_heads
+        if self.hidden_dim is None:
+            self.hidden_dim = self.multiple_of * math.ceil(int(8 * self.dim / 3) / self.multiple_of)
+        if self.dim % self.n_heads or self.n_heads % self.n_kv_heads or self.head_dim % 2:
+            raise ValueError("n_heads must divide dim into an even width, and n_kv_heads divide n_heads")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+
+# Reference shapes. The two large ones use multiple_of 256 and a head width of 64, which every quantisation
+# format and attention kernel accepts. `--model NAME` in the training scripts.
+PRESETS: dict[str, dict] = {
+    "demo": dict(dim=256, n_layers=4, n_heads=4, max_seq_len=256),
+    "92M": dict(dim=512, n_layers=8, n_heads=8, max_seq_len=512),
+    "218M": dict(dim=1024, n_layers=12, n_heads=8, max_seq_len=1024),
+    "500M": dict(dim=1280, n_layers=20, n_heads=20, max_seq_len=2048, multiple_of=256),
+    "1B": dict(dim=2048, n_layers=20, n_heads=32, n_kv_heads=4, max_seq_len=2048, multiple_of=256),
+}
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, computed in fp32 (https://arxiv.org/abs/1910.07467)."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).type_as(x)
+
+
+def rope_table(args: ModelArgs) -> Tensor:
+    """Cosines and sines of the rotary angles, (max_seq_len, D/2, 2) (https://arxiv.org/abs/2104.09864)."""
+    exponents = torch.arange(0, args.head_dim, 2).float() / args.head_dim
+    angles = torch.outer(torch.arange(args.max_seq_len).float(), args.rope_theta**-exponents)
+    return torch.stack((angles.cos(), angles.sin()), dim=-1)
+
+
+def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotate each pair (x[2i], x[2i+1]) by its position's angle.
+
+    x: (B, T, heads, D). rope: (B or 1, T, D/2, 2).
+    """
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, T, heads, D/2)
+    cos, sin = rope.unsqueeze(2).unbind(-1)  # (B or 1, T, 1, D/2)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, for every layer, with room for `length` positions.
+
+    Prompts are padded on the left; `pad` (B,) is the number of padding positions before each row.
+    """
+
+    def __init__(self, pad: Tensor, length: int):
+        self.pad, self.padded, self.length = pad, bool(pad.any()), length
+        self.used = 0  # positions filled
+        self.layers: dict[int, Tensor] = {}  # layer -> (2, B, K, length, D), made when its dtype is known
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, K, T, D) behind what is there and return all of it, (B, K, used + T, D)."""
+        B, K, T, D = k.shape
+        if layer not in self.layers:
+            self.layers[layer] = k.new_zeros(2, B, K, self.length, D)
+        self.layers[layer][:, :, :, self.used : self.used + T] = torch.stack((k, v))
+        return self.layers[layer][:, :, :, : self.used + T].unbind(0)
+
+    def mask(self, new: int) -> Tensor | None:
+        """What the `new` next tokens may attend to, (B, 1, new, used + new); None: everything."""
+        if new == 1 and not self.padded:
+            return None
+        query = torch.arange(self.used, self.used + new, device=self.pad.device)[:, None]
+        key = torch.arange(self.used + new, device=self.pad.device)
+        visible = (key <= query) & (key >= self.pad[:, None, None])  # (B, new, used + new)
+        # A padding position sees itself: a row with nothing to attend to would be NaN.
+        return (visible | (key == query)).unsqueeze(1)
+
+
+class Attention(nn.Module):
+    def __init__(self, args: ModelArgs, layer: int):
+        super().__init__()
+        self.args, self.layer = args, layer
+        self.wq = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=False)
+        self.wk = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
+        self.wv = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
+        self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
+
+    def forward(self, x: Tensor, rope: Tensor, cache: KVCache | None, mask: Tensor | None) -> Tensor:
+        D = self.args.head_dim
+        q = apply_rope(self.wq(x).unflatten(-1, (-1, D)), rope).transpose(1, 2)  # (B, H, T, D)
+        k = apply_rope(self.wk(x).unflatten(-1, (-1, D)), rope).transpose(1, 2)  # (B, K, T, D)
+        v = self.wv(x).unflatten(-1, (-1, D)).transpose(1, 2)  # (B, K, T, D)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)
+        dropout = self.args.dropout if self.training else 0.0
+        grouped = self.args.n_kv_heads != self.args.n_heads
+        causal = cache is None
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, enable_gqa=grouped)
+        return F.dropout(self.wo(y.transpose(1, 2).flatten(-2)), dropout)  # (B, H, T, D) -> (B, T, C)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x) (https://arxiv.org/abs/2002.05202)."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.w1 = nn.Linear(args.dim, args.hidden_dim, bias=False)
+        self.w2 = nn.Linear(args.hidden_dim, args.dim, bias=False)
+        self.w3 = nn.Linear(args.dim, args.hidden_dim, bias=False)
+        self.dropout = nn.Dropout(args.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, args: ModelArgs, layer: int):
+        super().__init__()
+        self.attention = Attention(args, layer)
+        self.feed_forward = FeedForward(args)
+        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+
+    def forward(self, x: Tensor, rope: Tensor, cache: KVCache | None, mask: Tensor | None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rope, cache, mask)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Transformer(nn.Module):
+    """Llama-2: `model(tokens)` gives logits (B, T, V); `model(tokens, targets)` gives the loss."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.args = args
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.dropout = nn.Dropout(args.dropout)
+        self.layers = nn.ModuleList(TransformerBlock(args, i) for i in range(args.n_layers))
+        self.norm = RMSNorm(args.dim, args.norm_eps)
+        self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+        if args.tie_embeddings:
+            self.output.weight = self.tok_embeddings.weight
+        self.register_buffer("rope", rope_table(args), persistent=False)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """N(0, 0.02); matrices that write to the residual stream are scaled by 1/sqrt(2 layers) (GPT-2)."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                residual = name.endswith(("wo.weight", "w2.weight"))
+                std = 0.02 / math.sqrt(2 * self.args.n_layers) if residual else 0.02
+                nn.init.normal_(parameter, std=std)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        cache: KVCache | None = None,
+        last_only: bool = False,
+        reduction: str = "mean",
+    ) -> Tensor:
+        """Logits, or the loss when there are targets.
+
+        tokens: (B, T) ids. targets: (B, T) ids of the next tokens, `IGNORE` where no loss is borne.
+        cache: the tokens before these; advanced by T. last_only: logits of the last position alone.
+        reduction: "mean" or "sum" over the targets that bear loss. ValueError if T exceeds max_seq_len.
+        """
+        T, start = tokens.shape[1], cache.used if cache else 0
+        if start + T > self.args.max_seq_len:
+            raise ValueError(f"{start + T} tokens exceed max_seq_len={self.args.max_seq_len}")
+        rope, mask = self.rope[None, :T], None  # (1, T, D/2, 2)
+        if cache is not None:
+            positions = torch.arange(start, start + T, device=tokens.device) - cache.pad[:, None]  # (B, T)
+            rope, mask = self.rope[positions.clamp(min=0)], cache.mask(T)  # (B, T, D/2, 2), (B, 1, T, S)
+        x = self.dropout(self.tok_embeddings(tokens))  # (B, T, C)
+        for layer in self.layers:
+            x = layer(x, rope, cache, mask)
+        if cache is not None:
+            cache.used += T
+        x = self.norm(x)
+        if targets is not None:
+            return cross_entropy(x.flatten(0, 1), self.output.weight, targets.flatten(), reduction)
+        return self.output(x[:, -1:] if last_only else x)  # (B, T or 1, V)
+
+    def num_params(self) -> int:
+        """Number of weights; a tied matrix counts once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, seq_len: int | None = None) -> int:
+        """Training FLOPs per token, forward and backward: 6 N + 12 L C T (PaLM, appendix B).
+
+        N counts every matrix that a token is multiplied with: the head, but not the embedding look-up.
+        """
+        lookup = 0 if self.args.tie_embeddings else self.tok_embeddings.weight.numel()
+        attention = 12 * self.args.n_layers * self.args.dim * (seq_len or self.args.max_seq_len)
+        return 6 * (self.num_params() - lookup) + attention
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **sampling) -> list[list[int]]:
+        """Continue a batch of prompts; returns each row's new ids, without the stop id. Options: `stream`."""
+        rows: list[list[int]] = [[] for _ in prompts]
+        for step in self.stream(prompts, max_new_tokens, **sampling):
+            for row, token in zip(rows, step, strict=True):
+                if token is not None:
+                    row.append(token)
+        return rows
+
+    @torch.inference_mode()
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        stop_ids: Sequence[int] = (),
+        seed: int | None = None,
+    ) -> Iterator[list[int | None]]:
+        """Yield one new id for each row at a time; None for a row that has met a stop id.
+
+        prompts: ids of each row (lists or a tensor), none empty; of one that is too long, the end is kept.
+        Generation ends when every row has stopped, after max_new_tokens, or when max_seq_len is reached.
+        temperature 0 takes the likeliest token.
+        """
+        prompts = [list(map(int, p)) for p in prompts]
+        if not all(prompts):
+            raise ValueError("every prompt needs at least one token")
+        was_training, device = self.training, self.rope.device
+        self.eval()
+        limit = self.args.max_seq_len
+        prompts = [p if len(p) < limit else p[-max(1, limit - max_new_tokens) :] for p in prompts]
+        longest = max(map(len, prompts))
+        pad = torch.tensor([longest - len(p) for p in prompts], device=device)
+        tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)  # (B, T)
+        real = torch.arange(longest, device=device) >= pad[:, None]  # (B, T), False at padding
+        rng = None if seed is None else torch.Generator(device).manual_seed(seed)
+        size = min(limit, longest + max_new_tokens)
+        cache = KVCache(pad, size)
+        stopped = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        stop = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
+        new = tokens
+        try:
+            for _ in range(size - longest):
+                logits = self(new, cache=cache, last_only=True)[:, -1].float()  # (B, V)
+                if repetition_penalty != 1:
+                    logits = penalize_repetition(logits, tokens, real, repetition_penalty)
+                new = sample(logits, temperature, top_k, top_p, rng)[:, None]  # (B, 1)
+                stopped |= torch.isin(new[:, 0], stop)
+                if stopped.all():
+                    return
+                yield [None if s else t for t, s in zip(new[:, 0].tolist(), stopped.tolist(), strict=True)]
+                tokens = torch.cat((tokens, new), dim=1)
+                real = F.pad(real, (0, 1), value=True)
+        finally:
+            self.train(was_training)
+
+
+def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    """Cross-entropy in fp32 of the logits x @ weight.T against targets, without ever holding all the logits.
+
+    x: (N, C). weight: (V, C). targets: (N,), `IGNORE` where no loss is borne. reduction: "mean" or "sum".
+    """
+    total = ChunkedCrossEntropy.apply(x, weight, targets, torch.is_grad_enabled())
+    return total / (targets != IGNORE).sum().clamp(min=1) if reduction == "mean" else total
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy, a chunk of tokens at a time; the gradients are made while a chunk's logits exist.
+
+    Memory is chunk * V instead of N * V, and nothing is computed twice; on CPUs it is also faster, because a
+    chunk stays in the cache. The idea is Liger's fused linear cross-entropy (https://arxiv.org/abs/2410.10989).
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, with_gradients: bool) -> Tensor:
+        total = torch.zeros((), device=x.device)
+        grads = torch.zeros_like(x), torch.zeros_like(weight)
+        size = max(512, 2**22 // len(weight))
+        for xs, ts, grad_xs in zip(x.split(size), targets.split(size), grads[0].split(size), strict=True):
+            bears_loss, ts = ts[:, None] != IGNORE, ts[:, None].clamp(min=0)  # (n, 1), (n, 1)
+            log_p = F.linear(xs, weight).float().log_softmax(-1)  # (n, V)
+            total -= (log_p.gather(1, ts) * bears_loss).sum()
+            if with_gradients:  # d loss / d logits = softmax - one-hot
+                grad = log_p.exp_().scatter_add_(1, ts, log_p.new_full(ts.shape, -1)).mul_(bears_loss)
+                grad = grad.to(xs.dtype)
+                grad_xs.copy_(grad @ weight)
+                grads[1].add_(grad.T @ xs)
+        ctx.save_for_backward(*grads)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_total: Tensor) -> tuple[Tensor | None, ...]:
+        return *(grad * grad_total for grad in ctx.saved_tensors), None, None
+
+
+def penalize_repetition(logits: Tensor, tokens: Tensor, real: Tensor, penalty: float) -> Tensor:
+    """Make the tokens seen so far less likely (CTRL, https://arxiv.org/abs/1909.05858, section 4.1).
+
+    logits: (B, V). tokens: (B, T) ids so far. real: (B, T), False at padding.
+    """
+    seen = torch.zeros_like(logits).scatter_reduce(1, tokens, real.float(), "amax").bool()  # (B, V)
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def sample(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, rng: torch.Generator | None
+) -> Tensor:
+    """Draw one id per row, (B,), from logits (B, V): temperature, then top-k, then top-p (nucleus)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    vocabulary = logits.shape[-1]
+    logits, ids = logits.topk(min(top_k or vocabulary, vocabulary))  # (B, k), likeliest first
+    p = (logits / temperature).softmax(-1)
+    if top_p is not None:
+        p[p.cumsum(-1) - p >= top_p] = 0  # keep the fewest ids that together reach top_p
+    return ids.gather(-1, torch.multinomial(p, 1, generator=rng))[:, 0]

@@ -1,0 +1,124 @@
+"""Stage 2: tokens (data/*.bin) -> a pretrained model (out/pretrain).
+
+python pretrain.py --model 92M
+torchrun --standalone --nproc_per_node=4 pretrain.py --model 218M
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from chatglm_tokenizer.tokenization_chatglm import CHATGLM2, ChatGLMTokenizer
+from dataset import PretrainBatches, TokenWindows, read_sidecar
+from model import PRESETS, ModelArgs, Transformer
+from stage import DEMO_DIR, ROOT, UserError, need, run_stage
+from training import runtime as rt
+from training.config import TrainConfig
+from training.loop import train
+
+
+@dataclass
+class Config(TrainConfig):
+    """预训练：token 文件 -> out/pretrain。"""
+
+    data: tuple[Path, ...] = (ROOT / "data" / "pretrain_data.bin",)  # 一个或多个 token 文件
+    valid: Path = ROOT / "data" / "valid_data.bin"  # 验证用的 token 文件
+    tokenizer: Path | None = None  # 词表；默认为 token 文件记录的那个，没有记录则为 ChatGLM2
+    out: Path = ROOT / "out" / "pretrain"  # 检查点、日志与曲线保存到哪里
+
+    model: Literal["demo", "92M", "218M", "500M", "1B"] = "92M"  # 参考规模；下面几项可以覆盖它
+    dim: int | None = None  # 模型宽度
+    n_layers: int | None = None  # 层数
+    n_heads: int | None = None  # 注意力头数
+    n_kv_heads: int | None = None  # 键值头数（少于 n_heads 即分组查询注意力）
+    max_seq_len: int | None = None  # 上下文长度，也是训练窗口的长度
+    dropout: float | None = None  # 随机失活
+    tie_embeddings: bool = True  # 输出层与词嵌入共用一个矩阵
+
+    batch_tokens: int = 32 * 512  # 每步的 token 数（所有进程合计），不够一次放下就自动累积梯度
+    eval_tokens: int = 1_000_000  # 验证最多用多少 token（每次都是同一批）
+
+    DEMO = dict(
+        data=(DEMO_DIR / "pretrain_data.bin",),
+        valid=DEMO_DIR / "valid_data.bin",
+        out=ROOT / "out" / "demo" / "pretrain",
+        model="demo",
+        batch_tokens=16 * 256,
+        micro_batch=16,
+        lr=3e-3,
+        min_lr=1e-4,
+        warmup=30,
+        schedule="wsd",
+        epochs=1,
+        eval_every=100,
+        save_every=100,
+        eval_tokens=30_000,
+    )
+    INPUT = "data"
+
+    def has_input(self) -> bool:
+        return all(path.exists() for path in self.data)
+
+
+def main(cfg: Config) -> None:
+    with rt.start(cfg.device, cfg.precision, cfg.seed) as runtime:
+        if cfg.demo:
+            runtime.main_first(lambda: need(cfg.data[0], "data_process.py", cfg))
+        tokenizer = ChatGLMTokenizer(cfg.tokenizer or recorded_tokenizer(cfg.data[0]))
+        args = model_args(cfg, tokenizer)
+        windows = TokenWindows(cfg.data, args.max_seq_len, tokenizer)
+        batch = max(runtime.world, cfg.batch_tokens // args.max_seq_len)
+        batches = PretrainBatches(windows, batch, cfg.micro_batch, runtime.rank, runtime.world, cfg.seed)
+        evaluate = make_evaluate(cfg, args, tokenizer, runtime)
+        train(cfg, runtime, Transformer(args), tokenizer.vocab_file, batches, evaluate)
+
+
+def recorded_tokenizer(data: Path) -> Path:
+    """The vocabulary that a token file was made with; ChatGLM2's for a published file, which does not say."""
+    recorded = read_sidecar(data).get("tokenizer", {}).get("path")
+    return Path(recorded) if recorded else CHATGLM2
+
+
+def model_args(cfg: Config, tokenizer: ChatGLMTokenizer) -> ModelArgs:
+    """The preset's shape with what the settings override."""
+    names = ("dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len", "dropout")
+    chosen = {name: getattr(cfg, name) for name in names if getattr(cfg, name) is not None}
+    shape = PRESETS[cfg.model] | chosen
+    try:
+        return ModelArgs(vocab_size=tokenizer.vocab_size, tie_embeddings=cfg.tie_embeddings, **shape)
+    except ValueError as error:
+        raise UserError(f"模型形状不成立：{error}") from error
+
+
+def make_evaluate(
+    cfg: Config, args: ModelArgs, tokenizer: ChatGLMTokenizer, runtime: rt.Runtime
+) -> Callable[[Transformer], dict[str, float]]:
+    """A function that measures loss (nats per token) and bits per byte on fixed windows of cfg.valid."""
+    if not cfg.valid.exists():
+        runtime.print(f"没有验证文件 {cfg.valid}，不做验证。")
+        return lambda model: {}
+    windows = TokenWindows([cfg.valid], args.max_seq_len, tokenizer)
+    count = max(1, min(len(windows), cfg.eval_tokens // args.max_seq_len))
+    chosen = np.linspace(0, len(windows) - 1, count).astype(np.int64)[runtime.rank :: runtime.world]
+    sizes, eos = tokenizer.bytes_per_token(), tokenizer.special_tokens["<eos>"]
+
+    def evaluate(model: Transformer) -> dict[str, float]:
+        loss = tokens = size = 0.0
+        for start in range(0, len(chosen), cfg.micro_batch):
+            x, y = windows.read(chosen[start : start + cfg.micro_batch])
+            loss += float(model(x.to(runtime.device), y.to(runtime.device), reduction="sum"))
+            tokens += y.numel()
+            # The first piece of a document carries a space that is not in the text.
+            size += sizes[y.numpy()].sum() - int((x == eos).sum())
+        loss, tokens, size = runtime.sum(loss, tokens, size)
+        return {"val_loss": loss / tokens, "val_bpb": loss / math.log(2) / max(1.0, size)}
+
+    return evaluate
+
+
+if __name__ == "__main__":
+    run_stage(Config, main)

@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Makes .venv, installs, checks the code's style and runs the tests: bash runs/test.sh [pytest options]
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt requirements-dev.txt
+ruff check .
+ruff format --check .
+python -m pytest -q "$@"

@@ -1,0 +1,65 @@
+"""Rows that do not fit are set aside: counted, exemplified and reported, never silently lost."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from sources.report import table
+
+EXCERPT = 80  # characters of a row shown beside its reason
+
+
+class SetAside:
+    """Collects what could not be used: how often, in which file, why, and the first few examples."""
+
+    def __init__(self, max_examples: int = 20) -> None:
+        self.counts: Counter[tuple[str, str]] = Counter()
+        self.examples: list[dict[str, Any]] = []
+        self.remedies: dict[str, str] = {}
+        self.max_examples = max_examples
+
+    def __len__(self) -> int:
+        return self.counts.total()
+
+    def add(self, file: Path, row: int | None, reason: str, excerpt: Any = "", remedy: str = "") -> None:
+        """Count one row (or, with row None, what remains of a file) under its reason."""
+        self.counts[str(file), reason] += 1
+        if remedy:
+            self.remedies.setdefault(reason, remedy)
+        # The first of every file and reason is kept (within bounds), others while there is room.
+        is_first = self.counts[str(file), reason] == 1
+        if len(self.examples) < self.max_examples * (10 if is_first else 1):
+            text = excerpt if isinstance(excerpt, str) else repr(excerpt)
+            self.examples.append(
+                {"file": str(file), "row": row, "reason": reason, "excerpt": printable(text[:EXCERPT])}
+            )
+
+    def report(self) -> dict[str, Any]:
+        """The whole collection for a JSON report."""
+        counts = [{"file": f, "reason": r, "rows": n} for (f, r), n in self.counts.most_common()]
+        return {"rows": len(self), "counts": counts, "examples": self.examples, "remedies": self.remedies}
+
+    def show(self, most: int = 15) -> None:
+        """Print a short table of files, reasons and remedies; nothing when nothing was set aside."""
+        if not self.counts:
+            return
+        first = {}
+        for example in self.examples:
+            first.setdefault((example["file"], example["reason"]), example["row"])
+        rows = [
+            (Path(file).name, reason, count, first.get((file, reason)) or "-")
+            for (file, reason), count in self.counts.most_common(most)
+        ]
+        print(f"\n有 {len(self):,} 处内容读不了，已搁置（其余照常处理）：")
+        print(table(["文件", "原因", "行数", "首例行号"], rows))
+        if len(self.counts) > most:
+            print(f"…另有 {len(self.counts) - most} 类，见 JSON 报告")
+        shown = [reason for (_, reason), _ in self.counts.most_common(most)]
+        advice = {self.remedies[reason]: reason for reason in reversed(shown) if reason in self.remedies}
+        for remedy, reason in reversed(advice.items()):
+            print(f"  「{reason.partition('（现有')[0]}」的处理办法：{remedy}")
+
+
+def printable(text: str) -> str:
+    """Replace what a terminal or a UTF-8 file could not take (lone surrogates)."""
+    return text.encode("utf-8", "replace").decode("utf-8")

@@ -1,0 +1,60 @@
+"""Which files under a folder are data."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from stage import DEMO_DIR, ROOT, UserError
+
+OUR_OUTPUTS = (DEMO_DIR, ROOT / "data" / "clean")
+# Files that lie beside data sets but are not data to be read as text; .bin files hold tokens.
+NOT_TEXT = {".bin", ".md", ".model", ".pdf", ".png", ".jpg", ".jpeg", ".pth", ".py", ".safetensors"}
+NOT_DATA = ("readme", "license", "report.json")
+
+
+def list_files(path: Path, skip: Iterable[Path] = OUR_OUTPUTS) -> list[Path]:
+    """The data files of `path`, a file or a folder: recursive, sorted, without our own outputs.
+
+    What `skip` names is left out only below `path`: a folder that is asked for by name is read.
+    """
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"找不到 {path}；请检查路径，或把数据文件放到该位置后重跑。")
+    root = path.resolve()
+    skipped = [folder.resolve() for folder in skip]
+    skipped = [folder for folder in skipped if folder != root and root.is_relative_to(folder) is False]
+    files = [
+        file
+        for file in sorted(path.rglob("*"))
+        if file.is_file() and _is_data(file, path) and not _below(file.resolve(), skipped)
+    ]
+    if not files:
+        raise UserError(
+            f"{path} 里没有数据文件；请放入 JSON、JSON lines、parquet 或 txt（可 gzip 压缩）后重跑。"
+        )
+    return files
+
+
+def source_name(file: Path, root: Path) -> str:
+    """The data set a file belongs to: its top folder below `root`, otherwise its own stem."""
+    parts = file.relative_to(root).parts if file != root else (file.name,)
+    return parts[0] if len(parts) > 1 else stem(file)
+
+
+def stem(file: Path) -> str:
+    """The file name without its container suffixes (`a.jsonl.gz` -> `a`), other dots kept."""
+    name = file.name
+    while Path(name).suffix.lower() in {".gz", ".json", ".jsonl", ".txt", ".csv", ".parquet", ".bin"}:
+        name = name[: -len(Path(name).suffix)]
+    return name or file.name
+
+
+def _is_data(file: Path, root: Path) -> bool:
+    hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
+    is_sidecar = file.suffix == ".json" and file.with_suffix(".bin").exists()
+    skip_name = file.name.lower().startswith(NOT_DATA) or file.suffix.lower() in NOT_TEXT
+    return not (hidden or is_sidecar or skip_name)
+
+
+def _below(file: Path, folders: list[Path]) -> bool:
+    return any(file.is_relative_to(folder) for folder in folders)

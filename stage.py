@@ -1,0 +1,127 @@
+"""What every stage script shares: settings from a dataclass, one-line errors, atomic outputs, the demo.
+
+A stage is a dataclass of settings (one per line, with a comment) and a `main(cfg)`:
+
+    @dataclass
+    class Config(StageConfig):
+        '''What the stage does.'''
+        data: Path = ROOT / "data"  # where the input is
+        DEMO = dict(data=DEMO_DIR / "raw")
+        INPUT = "data"
+
+    if __name__ == "__main__":
+        run_stage(Config, main)
+
+Every field is a `--name value` option with the comment as its help; an unknown name is an error.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+# OpenMP threads that spin at barriers make a training step on two cores 2 to 5 times slower as soon as anything
+# else runs, and gain 4 % when nothing does (docs/LOG.md). libgomp reads this when torch is first imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+ROOT = Path(__file__).resolve().parent
+DEMO_DIR = ROOT / "data" / "demo"
+
+
+class UserError(Exception):
+    """A mistake that the user can mend; its message names the file, the row and the remedy."""
+
+
+@dataclass
+class StageConfig:
+    demo: bool = False  # 使用内置演示语料及其超参数（没有找到您的数据时自动启用）
+
+    DEMO: ClassVar[dict[str, Any]] = {}  # values that replace the defaults in the demo
+    INPUT: ClassVar[str] = ""  # the field that names the input
+
+    def has_input(self) -> bool:
+        """Whether the default input is there; if not, and no other was asked for, the demo runs."""
+        return getattr(self, self.INPUT).exists()
+
+
+def parse(config_class: type[StageConfig], argv: list[str] | None = None) -> StageConfig:
+    """Read the settings from the command line; fall back to the demo when the default input is missing."""
+    import tyro
+
+    argv = sys.argv[1:] if argv is None else argv
+    defaults = config_class()
+    if "--demo" in argv:
+        defaults = replace(defaults, demo=True, **config_class.DEMO)
+    cfg = tyro.cli(config_class, default=defaults, args=argv, config=(tyro.conf.AvoidSubcommands,))
+    name = config_class.INPUT
+    if name and not cfg.demo and getattr(cfg, name) == getattr(defaults, name) and not cfg.has_input():
+        print("没有找到您准备的数据，改用内置演示（等同于 --demo）。", flush=True)
+        return parse(config_class, ["--demo", *argv])
+    return cfg
+
+
+def run_stage(config_class: type[StageConfig], main: Callable[[Any], None]) -> None:
+    """Parse the settings and run the stage; a `UserError` ends it with one line instead of a traceback."""
+    for stream in (sys.stdout, sys.stderr):  # Windows consoles and LANG=C would fail on Chinese text
+        stream.reconfigure(encoding="utf-8", errors="replace")
+    try:
+        main(parse(config_class))
+    except UserError as error:
+        sys.exit(f"错误：{error}")
+    except KeyboardInterrupt:
+        sys.exit("已中断。")
+    except BrokenPipeError:  # e.g. `| head`
+        os._exit(0)
+
+
+def need(path: Path, script: str, cfg: StageConfig) -> Path:
+    """Return `path`; in the demo, run the stage that makes it first; otherwise say which one does."""
+    if not path.exists():
+        if not cfg.demo:
+            raise UserError(f"找不到 {path}；请先运行 python {script}，或用参数指定别的路径。")
+        print(f"演示缺少 {path.relative_to(ROOT)}，先运行 python {script} --demo", flush=True)
+        # Under torchrun the earlier stage is one process of its own.
+        alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+        if subprocess.run([sys.executable, str(ROOT / script), "--demo"], env=alone).returncode:
+            raise UserError(f"python {script} --demo 未成功，见上面的输出。")
+    return path
+
+
+@contextmanager
+def atomic_path(final: Path) -> Iterator[Path]:
+    """Yield a temporary sibling of `final` to write (a file or a folder); rename it only on success.
+
+    A stage that is killed half-way therefore never leaves a half-written file under its final name.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = final.with_name(f".{final.name}.tmp-{os.getpid()}")
+    try:
+        yield temporary
+        sync_tree(temporary)
+        if final.is_dir():
+            if not temporary.is_dir():  # a file must never replace a folder full of the user's data
+                raise UserError(f"{final} 是一个文件夹，这里要写的是文件；请换一个路径。")
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+    except OSError as error:
+        if error.errno == 28:  # ENOSPC
+            raise UserError(f"磁盘已满，无法写入 {final}；请清理空间后重跑，旧文件未被改动。") from error
+        raise
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def sync_tree(path: Path) -> None:
+    """Flush a file, or every file of a folder, to the disk, so that a rename never precedes its content."""
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())

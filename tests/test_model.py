@@ -1,0 +1,198 @@
+"""model.py against Hugging Face, against itself without a cache, and against plain formulas."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import IGNORE, PRESETS, KVCache, ModelArgs, Transformer, cross_entropy, sample
+
+
+def random_model(**shape: object) -> Transformer:
+    torch.manual_seed(0)
+    args = ModelArgs(
+        **{"dim": 64, "n_layers": 3, "n_heads": 4, "vocab_size": 101, "max_seq_len": 64, **shape}
+    )
+    model = Transformer(args).eval()
+    for parameter in model.parameters():  # far from the symmetric initialisation
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+def hugging_face(model: Transformer):
+    """The same weights in LlamaForCausalLM, whose rotary layout splits halves instead of pairs."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    a = model.args
+    config = LlamaConfig(
+        hidden_size=a.dim,
+        intermediate_size=a.hidden_dim,
+        num_hidden_layers=a.n_layers,
+        num_attention_heads=a.n_heads,
+        num_key_value_heads=a.n_kv_heads,
+        vocab_size=a.vocab_size,
+        max_position_embeddings=a.max_seq_len,
+        rms_norm_eps=a.norm_eps,
+        rope_theta=a.rope_theta,
+        tie_word_embeddings=a.tie_embeddings,
+    )
+    names = {
+        "attention.wq": "self_attn.q_proj",
+        "attention.wk": "self_attn.k_proj",
+        "attention.wv": "self_attn.v_proj",
+        "attention.wo": "self_attn.o_proj",
+        "feed_forward.w1": "mlp.gate_proj",
+        "feed_forward.w2": "mlp.down_proj",
+        "feed_forward.w3": "mlp.up_proj",
+        "attention_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+    }
+    renamed = {"tok_embeddings.": "model.embed_tokens.", "output.": "lm_head.", "norm.": "model.norm."}
+    weights = {}
+    for key, value in model.state_dict().items():
+        for ours, theirs in names.items():
+            key = key.replace(f".{ours}.", f".{theirs}.")
+        for ours, theirs in renamed.items():
+            key = theirs + key.removeprefix(ours) if key.startswith(ours) else key
+        if "q_proj" in key or "k_proj" in key:
+            heads = a.n_heads if "q_proj" in key else a.n_kv_heads
+            value = value.view(heads, -1, 2, a.dim).transpose(1, 2).reshape(value.shape)
+        weights[key.replace("layers.", "model.layers.", 1) if key.startswith("layers.") else key] = value
+    reference = LlamaForCausalLM(config).eval()
+    reference.load_state_dict(weights, strict=True)
+    return reference
+
+
+@pytest.mark.parametrize(("kv_heads", "tied"), list(itertools.product((4, 2, 1), (True, False))))
+def test_logits_and_greedy_text_equal_hugging_face(kv_heads: int, tied: bool) -> None:
+    model = random_model(n_kv_heads=kv_heads, tie_embeddings=tied)
+    reference = hugging_face(model)
+    tokens = torch.randint(0, 101, (2, 40))
+    with torch.no_grad():
+        assert (model(tokens) - reference(tokens).logits).abs().max() < 1e-4
+    prompt = tokens[:1, :11]
+    expected = reference.generate(
+        prompt, max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    assert model.generate(prompt, 30, temperature=0) == [expected[0, 11:].tolist()]
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_cached_batch_of_unequal_prompts_equals_uncached_rows(kv_heads: int) -> None:
+    model = random_model(n_kv_heads=kv_heads)
+    prompts = [[5, 6, 7], [9] * 11, [3], list(range(1, 31))]
+    for row, new in zip(prompts, model.generate(prompts, 30, temperature=0), strict=True):
+        tokens = list(row)
+        for _ in range(len(new)):
+            tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+        assert new == tokens[len(row) :]
+        assert len(new) == 30
+
+
+def test_cached_logits_equal_uncached_whatever_the_pieces() -> None:
+    model = random_model(n_kv_heads=2)
+    tokens = torch.randint(0, 101, (2, 40))
+    cache = KVCache(torch.zeros(2, dtype=torch.long), 40)
+    with torch.no_grad():
+        pieces = [model(part, cache=cache) for part in tokens.split([7, 1, 20, 12], dim=1)]
+        torch.testing.assert_close(torch.cat(pieces, dim=1), model(tokens), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("vocab_size", [50, 9000])  # one chunk and several
+def test_loss_and_gradients_equal_plain_cross_entropy(vocab_size: int) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(1500, 16, requires_grad=True), torch.randn(vocab_size, 16, requires_grad=True)
+    targets = torch.randint(0, vocab_size, (1500,))
+    targets[::3] = IGNORE
+    for reduction in ("mean", "sum"):
+        ours = cross_entropy(x, weight, targets, reduction)
+        plain = F.cross_entropy(x @ weight.T, targets, ignore_index=IGNORE, reduction=reduction)
+        torch.testing.assert_close(ours, plain)
+        for a, b in zip(
+            torch.autograd.grad(ours * 3, (x, weight)),
+            torch.autograd.grad(plain * 3, (x, weight)),
+            strict=True,
+        ):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_loss_without_any_target_is_zero() -> None:
+    model = random_model()
+    loss = model(torch.ones(1, 4, dtype=torch.long), torch.full((1, 4), IGNORE))
+    loss.backward()
+    assert loss == 0
+
+
+def test_stop_ids_end_each_row_on_its_own() -> None:
+    model = random_model()
+    prompts = [[5, 6, 7], [9] * 11, [3]]
+    free = model.generate(prompts, 20, temperature=0)
+    stop = free[0][4]
+    stopped = model.generate(prompts, 20, temperature=0, stop_ids=[stop])
+    assert stopped == [row[: row.index(stop)] if stop in row else row for row in free]
+
+
+def test_generation_ends_at_the_context_and_crops_long_prompts() -> None:
+    model = random_model(max_seq_len=16)
+    assert len(model.generate([[1] * 10], 100, temperature=0)[0]) == 6
+    assert len(model.generate([[1] * 50], 4, temperature=0)[0]) == 4
+    with pytest.raises(ValueError, match="max_seq_len"):
+        model(torch.ones(1, 17, dtype=torch.long))
+    with pytest.raises(ValueError, match="at least one token"):
+        model.generate([[]], 4)
+
+
+def test_sampling_is_reproducible_and_obeys_top_k_and_top_p() -> None:
+    model = random_model()
+    options = dict(temperature=0.9, top_k=10, top_p=0.9, repetition_penalty=1.2, seed=7)
+    assert model.generate([[1, 2]], 20, **options) == model.generate([[1, 2]], 20, **options)
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).repeat(4000, 1)
+    rng = torch.Generator().manual_seed(0)
+    assert set(sample(logits, 1.0, 2, None, rng).tolist()) == {0, 1}
+    assert set(sample(logits, 1.0, None, 0.7, rng).tolist()) == {0, 1}
+    assert set(sample(logits, 1.0, None, 0.85, rng).tolist()) == {0, 1, 2}
+    shares = torch.bincount(sample(logits, 1.0, None, None, rng), minlength=4) / 4000
+    torch.testing.assert_close(shares, torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.03, rtol=0)
+
+
+def test_repetition_penalty_equals_hugging_face() -> None:
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    from model import penalize_repetition
+
+    torch.manual_seed(0)
+    logits, tokens = torch.randn(2, 20), torch.randint(0, 20, (2, 6))
+    expected = RepetitionPenaltyLogitsProcessor(1.3)(tokens, logits.clone())
+    real = torch.ones_like(tokens, dtype=torch.bool)
+    torch.testing.assert_close(penalize_repetition(logits, tokens, real, 1.3), expected)
+
+
+def test_parameter_counts_of_the_reference_sizes() -> None:
+    counts = {}
+    for name, shape in PRESETS.items():
+        with torch.device("meta"):
+            counts[name] = Transformer(ModelArgs(**shape)).num_params() / 1e6
+    assert counts["92M"] == pytest.approx(58.5, abs=0.1)
+    assert counts["218M"] == pytest.approx(218, abs=0.5)
+    assert counts["500M"] == pytest.approx(500, rel=0.05)
+    assert counts["1B"] == pytest.approx(1000, rel=0.05)
+
+
+def test_flops_per_token_counts_every_matrix_product() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    for tied in (True, False):
+        model = random_model(tie_embeddings=tied)
+        tokens = torch.randint(0, 101, (1, 64))
+        with FlopCounterMode(display=False) as counter:
+            model(tokens).sum().backward()
+        # The counter passes over the attention kernel of CPUs; the formula also counts norm weights (negligible).
+        attention = 12 * 3 * 64 * 64 * 64
+        assert model.flops_per_token() * 64 - attention == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_impossible_shapes_are_refused() -> None:
+    for shape in (dict(dim=65, n_heads=4), dict(n_heads=4, n_kv_heads=3), dict(dim=12, n_heads=4)):
+        with pytest.raises(ValueError, match="n_heads"):
+            ModelArgs(**shape)

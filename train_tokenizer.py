@@ -1,0 +1,148 @@
+"""Train a SentencePiece vocabulary on a corpus: `python train_tokenizer.py --vocab_size 8000`.
+
+Byte-pair pieces with byte fallback (no text is ever unknown), digits split, text left as it is (identity
+normalisation, so decoding gives the text back), and ChatGLM2's ids: unk/pad 0, <bos> 1, <eos> 2.
+"""
+
+import io
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import sentencepiece
+
+from chatglm_tokenizer.tokenization_chatglm import CHATGLM2, ChatGLMTokenizer
+from sources.aside import SetAside
+from sources.files import list_files
+from sources.pretrain_text import read_documents
+from stage import DEMO_DIR, ROOT, StageConfig, UserError, atomic_path, need, run_stage
+
+HELD_OUT_EVERY = 50  # one document in so many measures the compression and is not trained on
+HELD_OUT_CHARACTERS = 1_000_000
+
+
+@dataclass
+class Config(StageConfig):
+    """用语料训练自己的 SentencePiece 词表，并报告压缩率（每个 token 几个字）。"""
+
+    data: Path = ROOT / "data" / "clean"  # 语料：文件或文件夹（清洗后的 parquet，或任何支持的原始格式）
+    out: Path = ROOT / "data" / "tokenizer.model"  # 词表保存到哪里
+    vocab_size: int = 8000  # 词表大小（包括 256 个字节和 3 个特殊符号）
+    sample_lines: int = 1_000_000  # 随机抽取多少行参与训练；内存只取决于它，与语料大小无关
+    character_coverage: float = 0.9995  # 词表直接收录的字占全文的比例，其余的字用字节表示
+    seed: int = 0  # 抽样的随机种子
+    DEMO = dict(data=DEMO_DIR / "clean", out=DEMO_DIR / "tokenizer.model", vocab_size=5000)
+    INPUT = "data"
+
+
+def main(cfg: Config) -> None:
+    if cfg.demo:
+        need(cfg.data, "data_clean/clear.py", cfg)
+    held_out: list[str] = []
+    with atomic_path(cfg.out) as temporary:
+        temporary.write_bytes(train(cfg, held_out))
+    report = compression(cfg.out, held_out)
+    print_report(report)
+    with atomic_path(cfg.out.with_suffix(".json")) as temporary:
+        temporary.write_text(json.dumps(report, ensure_ascii=False, indent=2), encoding="utf-8")
+
+
+def train(cfg: Config, held_out: list[str]) -> bytes:
+    """The serialised SentencePiece model; fills `held_out` with documents that it was not trained on."""
+    try:
+        return run_trainer(cfg, held_out)
+    except RuntimeError as error:
+        message = str(error).splitlines()[-1]
+        if not held_out:
+            raise UserError(f"{cfg.data} 里没有可用的文本。") from error
+        if needed := re.search(r"smaller than required_chars. \d+ vs (\d+)", message):
+            raise UserError(
+                f"--vocab_size {cfg.vocab_size} 收不下语料里的常用字：请用至少 {needed[1]}（最好是它的两倍），"
+                "或把 --character_coverage 降到 0.98。"
+            ) from error
+        if "too high" in message:
+            raise UserError(
+                f"语料太少，凑不出 {cfg.vocab_size} 个条目：请减小 --vocab_size，或增加语料。"
+            ) from error
+        raise UserError(f"SentencePiece 训练失败：{message}") from error
+
+
+def run_trainer(cfg: Config, held_out: list[str]) -> bytes:
+    """Run SentencePiece's trainer; raises its RuntimeError."""
+    sentencepiece.set_random_generator_seed(cfg.seed)
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=training_lines(cfg.data, held_out),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=cfg.vocab_size,
+        character_coverage=cfg.character_coverage,
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        max_sentence_length=4 * MAX_LINE,  # bytes
+        input_sentence_size=cfg.sample_lines,
+        shuffle_input_sentence=True,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        num_threads=os.cpu_count() or 1,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+MAX_LINE = 1000  # characters; SentencePiece would skip lines that are much longer
+
+
+def training_lines(data: Path, held_out: list[str]) -> Iterator[str]:
+    """The corpus line by line; one document in `HELD_OUT_EVERY` goes to `held_out` instead."""
+    aside, characters = SetAside(), 0
+    for file in list_files(data):
+        for number, document in enumerate(read_documents(file, aside)):
+            if number % HELD_OUT_EVERY == 0 and characters < HELD_OUT_CHARACTERS:
+                held_out.append(document.text[:HELD_OUT_CHARACTERS])
+                characters += len(held_out[-1])
+                continue
+            for line in document.text.splitlines():
+                for start in range(0, len(line), MAX_LINE):
+                    yield line[start : start + MAX_LINE].replace("\0", "")
+    aside.show()
+
+
+def compression(out: Path, held_out: list[str]) -> dict:
+    """Characters and bytes per token of the new vocabulary, and of ChatGLM2's if it is there."""
+    report = {}
+    for name, path in (("own", out), ("chatglm2", CHATGLM2)):
+        if path.is_file():
+            tokenizer = ChatGLMTokenizer(path)
+            tokens = sum(map(len, tokenizer.encode_batch(held_out)))
+            report[name] = {
+                "vocab_size": tokenizer.vocab_size,
+                "characters_per_token": sum(map(len, held_out)) / max(tokens, 1),
+                "bytes_per_token": sum(len(text.encode()) for text in held_out) / max(tokens, 1),
+                "sha256": tokenizer.sha256,
+            }
+    return report
+
+
+def print_report(report: dict) -> None:
+    labels = {"own": "新词表", "chatglm2": "ChatGLM2 词表"}
+    print("未参与训练的文本上的压缩率：")
+    for name, row in report.items():
+        print(
+            f"  {labels[name]}（{row['vocab_size']:,} 个条目）：每个 token "
+            f"{row['characters_per_token']:.3f} 字、{row['bytes_per_token']:.3f} 字节"
+        )
+    if "chatglm2" not in report:
+        print("  （ChatGLM2 词表未下载，无法对照：python chatglm_tokenizer/download.py）")
+
+
+if __name__ == "__main__":
+    run_stage(Config, main)

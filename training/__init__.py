@@ -1,0 +1,1 @@
+"""What the training stages stand on: settings, devices and processes, the loop, checkpoints, logs."""

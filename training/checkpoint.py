@@ -1,0 +1,183 @@
+"""Checkpoints: `out/<stage>/step_XXXXXXXX/`, written under a temporary name and renamed when whole.
+
+    model.safetensors    weights (a tied matrix once)
+    config.json          ModelArgs
+    train_config.json    the stage's settings
+    tokenizer.model      the vocabulary
+    training_state.pt    optimizer, random state, counters: read without unpickling objects
+
+Whoever reads a checkpoint takes a folder and learns shape and vocabulary from it. The original project's
+`.pth` files (plain state dicts) are read too.
+"""
+
+import json
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from chatglm_tokenizer.tokenization_chatglm import CHATGLM2, ChatGLMTokenizer
+from model import PRESETS, ModelArgs, Transformer
+from stage import UserError, atomic_path
+
+FILES = ("model.safetensors", "config.json", "train_config.json", "tokenizer.model", "training_state.pt")
+
+
+@dataclass
+class Checkpoint:
+    """What was loaded: the model, the vocabulary that goes with it, and where it came from."""
+
+    model: Transformer
+    tokenizer: ChatGLMTokenizer
+    path: Path
+
+
+def save(
+    out: Path, step: int, model: Transformer, settings: Any, tokenizer: Path, state: dict, keep: int
+) -> Path:
+    """Write a checkpoint and delete all but the last `keep`. state: tensors, numbers, strings, containers."""
+    final = out / f"step_{step:08d}"
+    weights = {k: v.contiguous() for k, v in model.state_dict().items()}
+    if model.args.tie_embeddings:
+        del weights["output.weight"]
+    for leftover in out.glob(".step_*.tmp-*"):  # of a run that was killed while saving
+        shutil.rmtree(leftover, ignore_errors=True)
+    with atomic_path(final) as temporary:
+        temporary.mkdir()
+        save_file(weights, temporary / "model.safetensors")
+        write_json(temporary / "config.json", asdict(model.args))
+        write_json(temporary / "train_config.json", asdict(settings))
+        shutil.copyfile(tokenizer, temporary / "tokenizer.model")
+        torch.save(state, temporary / "training_state.pt")
+    for old in list_steps(out)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=2, default=str), encoding="utf-8")
+
+
+def list_steps(out: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    folders = [f for f in out.glob("step_*") if re.fullmatch(r"step_\d{8,}", f.name)]
+    return sorted(f for f in folders if all((f / name).is_file() for name in FILES))
+
+
+def find(path: Path) -> Path:
+    """The checkpoint that a user means: a step folder, the newest of a run's folder, or a .pth file."""
+    if path.is_file() or (path / "model.safetensors").is_file():
+        return path
+    if not path.exists():
+        raise UserError(f"找不到检查点 {path}；请先训练（python pretrain.py），或检查路径。")
+    steps = list_steps(path)
+    if not steps:
+        raise UserError(f"{path} 里没有完整的检查点（step_XXXXXXXX 文件夹）。")
+    return steps[-1]
+
+
+def load(path: Path, device: torch.device | str = "cpu", tokenizer: Path | None = None) -> Checkpoint:
+    """Load a model with its vocabulary from a step folder, a run's folder, or an original .pth.
+
+    tokenizer: overrides the checkpoint's (a .pth has none; by default the ChatGLM2 vocabulary).
+    """
+    path = find(path)
+    if path.is_file():
+        weights = read_pth(path)
+        args = args_from_weights(weights, path)
+    else:
+        weights = read_weights(path)
+        args = read_args(path)
+        if args.tie_embeddings:
+            weights["output.weight"] = weights["tok_embeddings.weight"]
+    vocabulary = ChatGLMTokenizer(tokenizer or (path / "tokenizer.model" if path.is_dir() else CHATGLM2))
+    if vocabulary.vocab_size > args.vocab_size:
+        raise UserError(
+            f"词表 {vocabulary.vocab_file} 有 {vocabulary.vocab_size} 个条目，而 {path} 的模型只有 "
+            f"{args.vocab_size} 个；请用 --tokenizer 指定训练它的词表。"
+        )
+    return Checkpoint(build(args, weights, path).to(device), vocabulary, path)
+
+
+def build(args: ModelArgs, weights: dict[str, Tensor], path: Path) -> Transformer:
+    """A model of this shape with exactly these weights."""
+    model = Transformer(args)
+    try:
+        model.load_state_dict(weights, strict=True)
+    except (RuntimeError, AttributeError) as error:
+        raise UserError(
+            f"{path} 的权重与模型形状不符：{str(error).strip().splitlines()[-1].strip()}"
+        ) from error
+    return model
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(folder / "model.safetensors")
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{folder / 'model.safetensors'} 已损坏或不完整（{error}）；请用更早的检查点。"
+        ) from error
+
+
+def read_args(folder: Path) -> ModelArgs:
+    try:
+        return ModelArgs(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{folder / 'config.json'} 缺失或不是模型配置：{error}") from error
+
+
+def read_state(folder: Path) -> dict:
+    """Optimizer, random state and counters of a checkpoint."""
+    path = folder / "training_state.pt"
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # torch raises many kinds for a damaged archive
+        raise UserError(f"{path} 已损坏或不完整；请删除 {folder} 后再 --resume。") from error
+
+
+def read_pth(path: Path) -> dict[str, Tensor]:
+    """The state dict of an original `.pth`, without the prefix that torch.compile adds."""
+    try:
+        weights = torch.load(path, weights_only=True, map_location="cpu")
+        weights = {k.removeprefix("_orig_mod."): v for k, v in weights.items()}
+        assert all(isinstance(v, Tensor) for v in weights.values())
+    except Exception as error:  # torch raises many kinds for a damaged archive
+        raise UserError(f"{path} 不是 PyTorch 权重文件（state dict），或已损坏。") from error
+    return {k: v.float() for k, v in weights.items()}
+
+
+def args_from_weights(weights: dict[str, Tensor], path: Path) -> ModelArgs:
+    """The shape of an original model, read off its weights; the number of heads is that of the preset."""
+    try:
+        vocab_size, dim = weights["tok_embeddings.weight"].shape
+        hidden_dim = weights["layers.0.feed_forward.w1.weight"].shape[0]
+        kv_width = weights["layers.0.attention.wk.weight"].shape[0]
+        output = weights["output.weight"]
+    except KeyError as error:
+        raise UserError(f"{path} 缺少权重 {error}，不是 Baby-Llama2 / llama2.c 的模型。") from error
+    n_layers = 1 + max(int(k.split(".")[1]) for k in weights if k.startswith("layers."))
+    preset = next((p for p in PRESETS.values() if (p["dim"], p["n_layers"]) == (dim, n_layers)), None)
+    n_heads = preset["n_heads"] if preset else max(1, dim // 64)
+    return ModelArgs(
+        dim=dim,
+        n_layers=n_layers,
+        n_heads=n_heads,
+        n_kv_heads=kv_width * n_heads // dim,
+        vocab_size=vocab_size,
+        hidden_dim=hidden_dim,
+        max_seq_len=preset["max_seq_len"] if preset else 512,
+        tie_embeddings=torch.equal(output, weights["tok_embeddings.weight"]),
+    )
+
+
+def raw_model(model: nn.Module) -> Transformer:
+    """The model inside DDP and torch.compile."""
+    model = getattr(model, "module", model)
+    return getattr(model, "_orig_mod", model)

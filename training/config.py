@@ -1,0 +1,46 @@
+"""Settings that every training stage has; a stage adds its own."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from stage import ROOT, StageConfig, UserError
+
+
+@dataclass
+class TrainConfig(StageConfig):
+    out: Path = ROOT / "out"  # 检查点、日志与曲线保存到哪里
+    resume: bool = False  # 从 out 里最新的检查点继续
+    seed: int = 1337  # 随机种子（初始化与数据顺序）
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # 设备；auto 有显卡就用显卡
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # 计算精度；权重始终是 fp32
+    compile: bool = False  # 用 torch.compile 编译模型（第一步较慢，之后更快）
+
+    lr: float = 3e-4  # 最大学习率
+    min_lr: float = 1e-5  # 最终学习率
+    warmup: int = 1000  # 学习率预热的步数
+    schedule: Literal["cosine", "wsd"] = "cosine"  # 余弦衰减，或先恒定后线性衰减（WSD）
+    decay_fraction: float = 0.2  # WSD：最后多大比例的步数用于衰减
+    weight_decay: float = 0.1  # 权重衰减（只作用于矩阵）
+    beta1: float = 0.9  # AdamW
+    beta2: float = 0.95  # AdamW
+    clip: float = 1.0  # 梯度范数裁剪；0 为不裁剪
+
+    epochs: float = 1.0  # 训练几遍数据
+    max_steps: int = 0  # 训练多少步；0 为由 epochs 决定
+    micro_batch: int = 32  # 每个进程一次前向的样本数；显存不足就减小它，结果不变
+    log_every: int = 10  # 每多少步记录一行
+    eval_every: int = 500  # 每多少步在验证集上评估；0 为只在结束时
+    save_every: int = 500  # 每多少步保存检查点
+    keep_last: int = 2  # 保留最近几个检查点
+
+    def check(self) -> None:
+        """Raise UserError for settings that cannot work."""
+        for name in ("lr", "micro_batch", "log_every", "save_every", "keep_last"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"--{name} 必须大于 0，现在是 {getattr(self, name)}。")
+        for name in ("warmup", "epochs", "max_steps", "eval_every", "weight_decay", "clip", "min_lr"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} 不能小于 0，现在是 {getattr(self, name)}。")
+        if self.min_lr > self.lr:
+            raise UserError(f"--min_lr {self.min_lr} 大于 --lr {self.lr}；最终学习率应不大于最大学习率。")

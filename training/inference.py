@@ -1,0 +1,51 @@
+"""What the scripts that use a finished model share: its settings, loading it, and sampling from it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from chatglm_tokenizer.tokenization_chatglm import ChatGLMTokenizer
+from stage import ROOT, StageConfig, UserError
+from training import checkpoint
+from training.runtime import choose_device
+
+
+@dataclass
+class InferenceConfig(StageConfig):
+    model: Path = ROOT / "out"  # 检查点文件夹（取其中最新的），或原项目的 .pth
+    tokenizer: Path | None = None  # 词表；默认用检查点里的（.pth 默认用 ChatGLM2 词表）
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # 设备；auto 有显卡就用显卡
+    max_new_tokens: int = 128  # 最多生成多少 token
+    temperature: float = 0.0  # 0 总取最可能的 token；越大越随机
+    top_k: int | None = None  # 只在最可能的 k 个里抽样
+    top_p: float | None = None  # 只在累计概率达到 p 的最可能的几个里抽样
+    repetition_penalty: float = 1.0  # 大于 1 抑制重复
+    seed: int | None = None  # 抽样的随机种子
+    INPUT = "model"
+
+    def sampling(self, tokenizer: ChatGLMTokenizer) -> dict[str, Any]:
+        """Arguments of `Transformer.generate`."""
+        if self.temperature < 0 or self.max_new_tokens < 1 or self.repetition_penalty <= 0:
+            raise UserError(
+                "--temperature 不能小于 0，--max_new_tokens 至少为 1，--repetition_penalty 必须大于 0。"
+            )
+        if (self.top_k is not None and self.top_k < 1) or (
+            self.top_p is not None and not 0 < self.top_p <= 1
+        ):
+            raise UserError("--top_k 至少为 1，--top_p 在 0 与 1 之间。")
+        return dict(
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            repetition_penalty=self.repetition_penalty,
+            seed=self.seed,
+            stop_ids=[tokenizer.special_tokens["<eos>"]],
+        )
+
+    def load(self) -> checkpoint.Checkpoint:
+        """The model, ready to generate, with its vocabulary."""
+        loaded = checkpoint.load(self.model, choose_device(self.device), self.tokenizer)
+        loaded.model.eval()
+        print(f"模型：{loaded.path}（参数 {loaded.model.num_params() / 1e6:.2f}M）", flush=True)
+        return loaded

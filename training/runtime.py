@@ -1,0 +1,146 @@
+"""Where and how training runs: device, precision, and the processes that share the work.
+
+One process on a laptop, or many under torchrun; the rest of the code does not know the difference.
+"""
+
+import os
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from stage import UserError
+
+# Dense bf16 (fp32 accumulate) peak of GPUs in TFLOP/s, from NVIDIA's data sheets; the key is part of the
+# device's name, the first that fits counts.
+PEAK_TFLOPS = {
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "RTX 4090": 165.2,
+    "RTX 3090": 71.0,
+}
+
+
+@dataclass
+class Runtime:
+    """The device and precision of this process, and its place among the others."""
+
+    device: torch.device
+    dtype: torch.dtype  # of matrix products; weights are fp32
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def print(self, *message: object) -> None:
+        """Print once, not once per process."""
+        if self.is_main:
+            print(*message, flush=True)
+
+    def autocast(self) -> AbstractContextManager:
+        """Run matrix products in `dtype`."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def sum(self, *values: float | Tensor) -> list[float]:
+        """Sum numbers over all processes."""
+        total = torch.stack([torch.as_tensor(v, dtype=torch.float64).cpu() for v in values])
+        if self.world > 1:
+            total = total.to(self.device)
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def main_first(self, function: Callable[[], object]) -> None:
+        """Run something in the main process while the others wait; its error ends them all."""
+        error = None
+        if self.is_main:
+            try:
+                function()
+            except UserError as raised:
+                error = raised
+        failed = self.sum(error is not None)[0]
+        if error is not None:
+            raise error
+        if failed:
+            raise SystemExit(1)
+
+    def wrap(self, model: nn.Module, compile_it: bool) -> nn.Module:
+        """The model as the loop calls it: on the device, compiled, with gradients averaged over processes."""
+        wrapped = torch.compile(model) if compile_it else model
+        if self.world > 1:
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            wrapped = DistributedDataParallel(wrapped, device_ids=ids)
+        return wrapped
+
+    def peak_flops(self) -> float | None:
+        """Peak FLOP/s of this device in bf16; None where it is not known."""
+        if self.device.type != "cuda" or self.dtype == torch.float32:
+            return None
+        name = torch.cuda.get_device_name(self.device)
+        return next((peak * 1e12 for key, peak in PEAK_TFLOPS.items() if key in name), None)
+
+    def describe(self) -> str:
+        if self.device.type == "cuda":
+            name = torch.cuda.get_device_name(self.device)
+        else:
+            name = f"{platform.machine()}，{torch.get_num_threads()} 线程"
+        return f"{self.device.type}（{name}），{str(self.dtype).removeprefix('torch.')}，{self.world} 个进程"
+
+
+@contextmanager
+def start(device: str = "auto", precision: str = "auto", seed: int = 0) -> Iterator[Runtime]:
+    """Set up this process (and, under torchrun, the process group) and take it down at the end."""
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    chosen = choose_device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+        torch.set_float32_matmul_precision("high")
+    if world > 1:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    torch.manual_seed(seed)
+    try:
+        yield Runtime(chosen, choose_dtype(chosen, precision), rank, world)
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of this process; under torchrun each process takes its own GPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if not available[name]:
+        raise UserError(f"这台机器上没有可用的 {name}；请去掉 --device 或用 --device cpu。")
+    return (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+    )
+
+
+def choose_dtype(device: torch.device, precision: str) -> torch.dtype:
+    """bf16 on GPUs that have it, fp16 on older ones, fp32 elsewhere (bf16 autocast was slower on CPUs)."""
+    if precision == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if precision == "fp16" and device.type != "cuda":
+        raise UserError("fp16 只用于显卡；请用 --precision fp32 或 bf16。")
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def no_sync(model: nn.Module, last: bool) -> AbstractContextManager:
+    """Average gradients over processes only at the last micro-step of a step."""
+    return nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()

@@ -80,7 +80,7 @@ def read_items(file: Path) -> list[Item]:
     if not file.is_file():
         raise UserError(f"找不到问题文件 {file}。")
     aside, items = SetAside(), []
-    for number, row in read_rows(file, aside, as_csv=True):
+    for number, row in read_rows(file, aside, as_csv=file.suffix.lower() == ".csv"):
         try:
             items.append(to_item(row))
         except Unusable as reason:

@@ -68,6 +68,8 @@ def main(cfg: Config) -> None:
     with rt.start(cfg.device, cfg.precision, cfg.seed) as runtime:
         if cfg.demo:
             runtime.main_first(lambda: need(cfg.data[0], "data_process.py", cfg))
+        for path in cfg.data:
+            need(path, "data_process.py", cfg)
         tokenizer = ChatGLMTokenizer(cfg.tokenizer or recorded_tokenizer(cfg.data[0]))
         args = model_args(cfg, tokenizer)
         windows = TokenWindows(cfg.data, args.max_seq_len, tokenizer)

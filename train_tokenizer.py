@@ -32,7 +32,8 @@ class Config(StageConfig):
     out: Path = ROOT / "data" / "tokenizer.model"  # 词表保存到哪里
     vocab_size: int = 8000  # 词表大小（包括 256 个字节和 3 个特殊符号）
     sample_lines: int = 1_000_000  # 随机抽取多少行参与训练；内存只取决于它，与语料大小无关
-    character_coverage: float = 0.9995  # 词表直接收录的字占全文的比例，其余的字用字节表示
+    character_coverage: float = 0.9995  # 词表直接收录的字占全文的比例（放不下时自动降低），其余的字用字节表示
+    compare: Path = CHATGLM2  # 压缩率与这个词表对照
     seed: int = 0  # 抽样的随机种子
     DEMO = dict(data=DEMO_DIR / "clean", out=DEMO_DIR / "tokenizer.model", vocab_size=5000)
     INPUT = "data"
@@ -44,33 +45,45 @@ def main(cfg: Config) -> None:
     held_out: list[str] = []
     with atomic_path(cfg.out) as temporary:
         temporary.write_bytes(train(cfg, held_out))
-    report = compression(cfg.out, held_out)
+    report = compression(cfg.out, cfg.compare, held_out)
     print_report(report)
     with atomic_path(cfg.out.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(report, ensure_ascii=False, indent=2), encoding="utf-8")
 
 
 def train(cfg: Config, held_out: list[str]) -> bytes:
-    """The serialised SentencePiece model; fills `held_out` with documents that it was not trained on."""
-    try:
-        return run_trainer(cfg, held_out)
-    except RuntimeError as error:
-        message = str(error).splitlines()[-1]
-        if not held_out:
-            raise UserError(f"{cfg.data} 里没有可用的文本。") from error
-        if needed := re.search(r"smaller than required_chars. \d+ vs (\d+)", message):
-            raise UserError(
-                f"--vocab_size {cfg.vocab_size} 收不下语料里的常用字：请用至少 {needed[1]}（最好是它的两倍），"
-                "或把 --character_coverage 降到 0.98。"
-            ) from error
-        if "too high" in message:
-            raise UserError(
-                f"语料太少，凑不出 {cfg.vocab_size} 个条目：请减小 --vocab_size，或增加语料。"
-            ) from error
-        raise UserError(f"SentencePiece 训练失败：{message}") from error
+    """The serialised SentencePiece model; fills `held_out` with documents that it was not trained on.
+
+    A small vocabulary has no room for every rare character of a large corpus: the coverage is then lowered,
+    and the characters left out are spelt in bytes.
+    """
+    lower = [c for c in (0.999, 0.998, 0.995, 0.99, LOWEST_COVERAGE) if c < cfg.character_coverage]
+    for coverage in [cfg.character_coverage, *lower]:
+        held_out.clear()
+        try:
+            return run_trainer(cfg, coverage, held_out)
+        except RuntimeError as error:
+            message = str(error).splitlines()[-1]
+            if not held_out:
+                raise UserError(f"{cfg.data} 里没有可用的文本。") from error
+            if "too high" in message:
+                raise UserError(
+                    f"语料太少，凑不出 {cfg.vocab_size} 个条目：请减小 --vocab_size，或增加语料。"
+                ) from error
+            needed = re.search(r"smaller than required_chars. \d+ vs (\d+)", message)
+            if not needed:
+                raise UserError(f"SentencePiece 训练失败：{message}") from error
+            print(
+                f"覆盖 {coverage:.2%} 的字需要至少 {needed[1]} 个条目，--vocab_size {cfg.vocab_size} 放不下。",
+                flush=True,
+            )
+    raise UserError(f"--vocab_size {cfg.vocab_size} 太小；请用至少 {needed[1]}，最好是它的两倍。")
 
 
-def run_trainer(cfg: Config, held_out: list[str]) -> bytes:
+LOWEST_COVERAGE = 0.98  # SentencePiece accepts no less
+
+
+def run_trainer(cfg: Config, coverage: float, held_out: list[str]) -> bytes:
     """Run SentencePiece's trainer; raises its RuntimeError."""
     sentencepiece.set_random_generator_seed(cfg.seed)
     model = io.BytesIO()
@@ -79,7 +92,7 @@ def run_trainer(cfg: Config, held_out: list[str]) -> bytes:
         model_writer=model,
         model_type="bpe",
         vocab_size=cfg.vocab_size,
-        character_coverage=cfg.character_coverage,
+        character_coverage=coverage,
         byte_fallback=True,
         split_digits=True,
         normalization_rule_name="identity",
@@ -116,10 +129,10 @@ def training_lines(data: Path, held_out: list[str]) -> Iterator[str]:
     aside.show()
 
 
-def compression(out: Path, held_out: list[str]) -> dict:
-    """Characters and bytes per token of the new vocabulary, and of ChatGLM2's if it is there."""
+def compression(out: Path, compare: Path, held_out: list[str]) -> dict:
+    """Characters and bytes per token of the new vocabulary, and of the other one if it is there."""
     report = {}
-    for name, path in (("own", out), ("chatglm2", CHATGLM2)):
+    for name, path in (("own", out), ("compare", compare)):
         if path.is_file():
             tokenizer = ChatGLMTokenizer(path)
             tokens = sum(map(len, tokenizer.encode_batch(held_out)))
@@ -133,14 +146,14 @@ def compression(out: Path, held_out: list[str]) -> dict:
 
 
 def print_report(report: dict) -> None:
-    labels = {"own": "新词表", "chatglm2": "ChatGLM2 词表"}
+    labels = {"own": "新词表", "compare": "对照词表（ChatGLM2）"}
     print("未参与训练的文本上的压缩率：")
     for name, row in report.items():
         print(
             f"  {labels[name]}（{row['vocab_size']:,} 个条目）：每个 token "
             f"{row['characters_per_token']:.3f} 字、{row['bytes_per_token']:.3f} 字节"
         )
-    if "chatglm2" not in report:
+    if "compare" not in report:
         print("  （ChatGLM2 词表未下载，无法对照：python chatglm_tokenizer/download.py）")
 
 

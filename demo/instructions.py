@@ -12,7 +12,7 @@ from demo.patterns import QUESTION_LENGTH, Speaker, fill, load_frames
 from demo.sources import write_array, write_lines
 
 # How many rows of each kind of template a fact gets.
-ROWS_PER_FACT = {"clause": 4, "complete": 3, "phrase": 1, "input": 1}
+ROWS_PER_FACT = {"clause": 8, "complete": 5, "phrase": 2, "input": 2}
 
 
 def fits(question: str) -> bool:

@@ -34,18 +34,14 @@ class ModelArgs:
 
     def __post_init__(self) -> None:
         self.n_kv_heads = self.n_kv_heads or self.n_heads
+        self.head_dim = self.dim // self.n_heads
         if self.hidden_dim is None:
             self.hidden_dim = self.multiple_of * math.ceil(int(8 * self.dim / 3) / self.multiple_of)
         if self.dim % self.n_heads or self.n_heads % self.n_kv_heads or self.head_dim % 2:
             raise ValueError("n_heads must divide dim into an even width, and n_kv_heads divide n_heads")
 
-    @property
-    def head_dim(self) -> int:
-        return self.dim // self.n_heads
 
-
-# Reference shapes. The two large ones use multiple_of 256 and a head width of 64, which every quantisation
-# format and attention kernel accepts. `--model NAME` in the training scripts.
+# `pretrain.py --model NAME`. The large ones keep to widths that every quantisation format accepts.
 PRESETS: dict[str, dict] = {
     "demo": dict(dim=256, n_layers=4, n_heads=4, max_seq_len=256),
     "92M": dict(dim=512, n_layers=8, n_heads=8, max_seq_len=512),
@@ -260,7 +256,7 @@ class Transformer(nn.Module):
         temperature 0 takes the likeliest token.
         """
         prompts = [list(map(int, p)) for p in prompts]
-        if not all(prompts):
+        if not prompts or not all(prompts):
             raise ValueError("every prompt needs at least one token")
         was_training, device = self.training, self.rope.device
         self.eval()

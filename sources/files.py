@@ -51,7 +51,7 @@ def stem(file: Path) -> str:
 
 def _is_data(file: Path, root: Path) -> bool:
     hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
-    is_sidecar = file.suffix == ".json" and file.with_suffix(".bin").exists()
+    is_sidecar = file.suffix == ".json" and any(file.with_suffix(s).exists() for s in (".bin", ".model"))
     skip_name = file.name.lower().startswith(NOT_DATA) or file.suffix.lower() in NOT_TEXT
     return not (hidden or is_sidecar or skip_name)
 

@@ -44,7 +44,7 @@ class Config(StageConfig):
     valid: Path = ROOT / "data" / "valid_data.bin"  # 验证集；统计写在同名 .json
     valid_fraction: float = 0.005  # 验证集占文档的比例，按内容的哈希选：追加语料不会打乱原有划分
     valid_documents: int = 50  # 验证集至少这么多篇（但不超过十分之一）
-    valid_tokens: int = 1_000_000  # 验证集至多这么多词元
+    valid_tokens: int = 1_000_000  # 验证集至多这么多 token
 
     DEMO = dict(
         data=DEMO_DIR / "clean",
@@ -145,7 +145,7 @@ def main(cfg: Config) -> None:
 
 def show(train: TokenFile, valid: TokenFile, seconds: float) -> None:
     rows = [[f.path.name, f.documents, f.tokens, f.characters, f.dtype.name] for f in (train, valid)]
-    print(table(["文件", "文档", "词元", "字符", "类型"], rows))
+    print(table(["文件", "文档", "token", "字符", "类型"], rows))
     names = dict.fromkeys([*train.sources, *valid.sources])
     rows = [
         [
@@ -158,11 +158,11 @@ def show(train: TokenFile, valid: TokenFile, seconds: float) -> None:
         ]
         for name in names
     ]
-    print("\n" + table(["来源", "训练文档", "训练词元", "验证文档", "验证词元"], rows))
+    print("\n" + table(["来源", "训练文档", "训练 token", "验证文档", "验证 token"], rows))
     tokens, text_tokens = (train.tokens + valid.tokens, train.text_tokens + valid.text_tokens)
-    print(f"\n用时 {seconds:.1f} 秒，{tokens / max(seconds, 1e-9):,.0f} 词元/秒", end="")
+    print(f"\n用时 {seconds:.1f} 秒，{tokens / max(seconds, 1e-9):,.0f} token/秒", end="")
     if text_tokens:
-        print(f"，每词元 {(train.characters + valid.characters) / text_tokens:.2f} 字符", end="")
+        print(f"，每 token {(train.characters + valid.characters) / text_tokens:.2f} 字符", end="")
     print(f"\n已写入 {train.path} 和 {valid.path}")
 
 

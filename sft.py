@@ -44,7 +44,7 @@ class Config(TrainConfig):
         warmup=30,
         schedule="wsd",
         decay_fraction=0.5,
-        epochs=4,
+        epochs=2,
         batch=64,
         micro_batch=64,
         eval_every=0,

@@ -30,7 +30,7 @@ class ChatGLMTokenizer:
         if not self.vocab_file.is_file():
             raise UserError(
                 f"找不到词表 {vocab_file}；请运行 python chatglm_tokenizer/download.py 下载 ChatGLM2 词表，"
-                "或用 python train_tokenizer.py 训练自己的词表。"
+                "用 python train_tokenizer.py 训练自己的词表，或用 --tokenizer 指定已有的词表。"
             )
         content = self.vocab_file.read_bytes()
         self.sha256 = hashlib.sha256(content).hexdigest()

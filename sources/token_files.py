@@ -73,7 +73,7 @@ class TokenFile:
             "bytes": self.bytes,
             "text_tokens": self.text_tokens,
             "tokenizer": {
-                "path": str(tokenizer.vocab_file),
+                "path": str(tokenizer.vocab_file.resolve()),
                 "sha256": tokenizer.sha256,
                 "vocab_size": tokenizer.vocab_size,
             },
@@ -180,7 +180,7 @@ def _published(path: Path, tokenizer: "ChatGLMTokenizer", train: TokenFile) -> n
     if size == 0:
         raise UserError(f"{path} 是空文件；请重新下载，或把它移出 data/。")
     if size % 2:
-        raise UserError(f"{path} 有 {size:,} 字节，不是偶数，不是完整的 uint16 词元文件；请重新下载。")
+        raise UserError(f"{path} 有 {size:,} 字节，不是偶数，不是完整的 uint16 token 文件；请重新下载。")
     if tokenizer.sha256 != CHATGLM2_SHA256:
         raise UserError(
             f"{path} 是用 ChatGLM2 词表分的词，而 --tokenizer 选的是另一个词表（{tokenizer.vocab_file}），不能混用；"
@@ -199,5 +199,6 @@ def _check_ids(ids: np.ndarray, path: Path, tokenizer: "ChatGLMTokenizer") -> No
     highest = int(ids.max(initial=0))
     if highest >= tokenizer.vocab_size:
         raise UserError(
-            f"{path} 含词元 {highest}，超出词表大小 {tokenizer.vocab_size:,}；它不是 ChatGLM2 词表的 uint16 词元文件。"
+            f"{path} 含 token {highest}，超出词表大小 {tokenizer.vocab_size:,}；"
+            "它不是 ChatGLM2 词表的 uint16 token 文件。"
         )

@@ -108,7 +108,7 @@ def test_every_document_once_with_eos(tmp_path, corpus, texts, vocabulary):
         assert sidecar["characters"] == sum(map(len, part))
         assert sidecar["bytes"] == sum(len(text.encode()) for text in part)
         assert sidecar["tokenizer"]["vocab_size"] == 300 and len(sidecar["tokenizer"]["sha256"]) == 64
-    assert "词元/秒" in result.stdout and "字段 text 不是文字" in result.stdout
+    assert "token/秒" in result.stdout and "字段 text 不是文字" in result.stdout
 
 
 def test_same_result_twice_and_from_any_order(tmp_path, corpus, vocabulary):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -288,3 +289,46 @@ def test_tang_poems_survive(tmp_path):
     # Lone surviving lines are short, mutilated poems have few characters left; nothing else is dropped.
     assert rules.get("过短", 0) < 80 and rules.get("文字太少", 0) < 5
     assert set(rules) <= {"过短", "文字太少", "完全重复", "近似重复"}
+
+
+def test_sketches_estimate_as_datasketch_does():
+    from datasketch import MinHash, MinHashLSH
+
+    rng = random.Random(3)
+    keys = [sentence(rng, 300) for _ in range(60)]
+    keys += [edited(rng, keys[i], 2 + i) for i in range(60)]
+    sets = [shingles(key, 3) for key in keys]
+    ours = minhash_sketches(sets, len(sets), 128, 0)
+    lsh, theirs = MinHashLSH(num_perm=128, params=(21, 6)), []
+    for index, members in enumerate(sets):
+        theirs.append(MinHash(num_perm=128, hashfunc=int))
+        theirs[-1].update_batch((members >> np.uint64(32)).tolist())
+        lsh.insert(index, theirs[-1])
+    for i in range(60):
+        exact = jaccard(sets[i], sets[60 + i])
+        for estimate in ((ours[i] == ours[60 + i]).mean(), theirs[i].jaccard(theirs[60 + i])):
+            assert abs(estimate - exact) < 4 * (exact * (1 - exact) / 128) ** 0.5 + 0.01
+    # Verified, the candidates of datasketch's LSH give the same duplicates.
+    reference = {
+        (max(i, j), min(i, j))
+        for i in range(len(keys))
+        for j in lsh.query(theirs[i])
+        if i != j and jaccard(sets[i], sets[j]) >= 0.65
+    }
+    found = {(max(a, b), min(a, b)) for a, b, _ in by_minhash(keys, [1] * len(keys), 3, 128, 21, 0.65, 0)}
+    assert found == reference
+    assert len(found) > 20
+
+
+def test_simhash_agrees_with_the_reference_package():
+    from simhash import Simhash
+
+    rng = random.Random(4)
+    keys = [sentence(rng, 300) for _ in range(40)] + ["a"]
+    keys += [edited(rng, keys[i], 1) for i in range(40)]
+    grams = [[key[i : i + 3] for i in range(len(key) - 2)] for key in keys]
+    reference = [Simhash(list(set(g))) for g in grams if g]
+    alike = {i for i in range(40) if reference[i].distance(reference[40 + i]) <= 6}
+    found = {min(a, b) for a, b, _ in by_simhash(keys, [1] * len(keys), 3, 6)}
+    assert len(alike) > 35
+    assert len(alike ^ found) <= 3  # other hash functions: only borderline pairs may differ

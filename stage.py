@@ -57,7 +57,7 @@ def parse(config_class: type[StageConfig], argv: list[str] | None = None) -> Sta
     defaults = config_class()
     if "--demo" in argv:
         defaults = replace(defaults, demo=True, **config_class.DEMO)
-    cfg = tyro.cli(config_class, default=defaults, args=argv, config=(tyro.conf.AvoidSubcommands,))
+    cfg = tyro.cli(config_class, default=defaults, args=argv, use_underscores=True)
     name = config_class.INPUT
     if name and not cfg.demo and getattr(cfg, name) == getattr(defaults, name) and not cfg.has_input():
         print("没有找到您准备的数据，改用内置演示（等同于 --demo）。", flush=True)
@@ -123,5 +123,5 @@ def sync_tree(path: Path) -> None:
     """Flush a file, or every file of a folder, to the disk, so that a rename never precedes its content."""
     for file in path.rglob("*") if path.is_dir() else [path]:
         if file.is_file():
-            with open(file, "rb") as handle:
+            with open(file, "r+b") as handle:  # Windows flushes only files open for writing
                 os.fsync(handle.fileno())

@@ -4,11 +4,13 @@ Byte-pair pieces with byte fallback (no text is ever unknown), digits split, tex
 normalisation, so decoding gives the text back), and ChatGLM2's ids: unk/pad 0, <bos> 1, <eos> 2.
 """
 
+import heapq
 import io
 import json
 import os
+import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +24,8 @@ from stage import DEMO_DIR, ROOT, StageConfig, UserError, atomic_path, need, run
 
 HELD_OUT_EVERY = 50  # one document in so many measures the compression and is not trained on
 HELD_OUT_CHARACTERS = 1_000_000
+MAX_LINE = 1000  # characters; SentencePiece would skip lines that are much longer
+LOWEST_COVERAGE = 0.98  # SentencePiece accepts no less
 
 
 @dataclass
@@ -31,7 +35,7 @@ class Config(StageConfig):
     data: Path = ROOT / "data" / "clean"  # 语料：文件或文件夹（清洗后的 parquet，或任何支持的原始格式）
     out: Path = ROOT / "data" / "tokenizer.model"  # 词表保存到哪里
     vocab_size: int = 8000  # 词表大小（包括 256 个字节和 3 个特殊符号）
-    sample_lines: int = 1_000_000  # 随机抽取多少行参与训练；内存只取决于它，与语料大小无关
+    sample_characters: int = 20_000_000  # 随机抽取多少字参与训练；内存只取决于它，与语料大小无关
     character_coverage: float = 0.9995  # 词表直接收录的字占全文的比例（放不下时自动降低），其余的字用字节表示
     compare: Path = CHATGLM2  # 压缩率与这个词表对照
     seed: int = 0  # 抽样的随机种子
@@ -42,29 +46,56 @@ class Config(StageConfig):
 def main(cfg: Config) -> None:
     if cfg.demo:
         need(cfg.data, "data_clean/clear.py", cfg)
-    held_out: list[str] = []
+    if cfg.sample_characters <= 0:
+        raise UserError(f"--sample_characters 必须大于 0，现在是 {cfg.sample_characters}。")
+    corpus = Corpus(cfg.data)
     with atomic_path(cfg.out) as temporary:
-        temporary.write_bytes(train(cfg, held_out))
-    report = compression(cfg.out, cfg.compare, held_out)
+        temporary.write_bytes(train(cfg, corpus))
+    report = compression(cfg.out, cfg.compare, corpus.held_out or corpus.first)
+    print("没有参与训练的文本上的压缩率：" if corpus.held_out else "语料太少，只能给出训练文本上的压缩率：")
     print_report(report)
     with atomic_path(cfg.out.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(report, ensure_ascii=False, indent=2), encoding="utf-8")
 
 
-def train(cfg: Config, held_out: list[str]) -> bytes:
-    """The serialised SentencePiece model; fills `held_out` with documents that it was not trained on.
+class Corpus:
+    """The documents of a file or folder: most train the vocabulary, a few measure its compression."""
+
+    def __init__(self, data: Path):
+        self.data = data
+        self.first: list[str] = []  # the beginning of the first document
+        self.held_out: list[str] = []  # documents that the vocabulary was not trained on
+
+    def lines(self) -> Iterator[str]:
+        """The documents that train, line by line; starts anew at every call."""
+        self.first, self.held_out, characters = [], [], 0
+        aside = SetAside()
+        for file in list_files(self.data):
+            for number, document in enumerate(read_documents(file, aside), 1):
+                if number % HELD_OUT_EVERY == 0 and characters < HELD_OUT_CHARACTERS:
+                    self.held_out.append(document.text[:HELD_OUT_CHARACTERS])
+                    characters += len(self.held_out[-1])
+                    continue
+                self.first = self.first or [document.text[:HELD_OUT_CHARACTERS]]
+                for line in document.text.splitlines():
+                    for start in range(0, len(line), MAX_LINE):
+                        yield line[start : start + MAX_LINE].replace("\0", "")
+        aside.show()
+
+
+def train(cfg: Config, corpus: Corpus) -> bytes:
+    """The serialised SentencePiece model.
 
     A small vocabulary has no room for every rare character of a large corpus: the coverage is then lowered,
     and the characters left out are spelt in bytes.
     """
     lower = [c for c in (0.999, 0.998, 0.995, 0.99, LOWEST_COVERAGE) if c < cfg.character_coverage]
     for coverage in [cfg.character_coverage, *lower]:
-        held_out.clear()
         try:
-            return run_trainer(cfg, coverage, held_out)
+            return run_trainer(cfg, coverage, corpus)
         except RuntimeError as error:
             message = str(error).splitlines()[-1]
-            if not held_out:
+            if not corpus.first:
                 raise UserError(f"{cfg.data} 里没有可用的文本。") from error
             if "too high" in message:
                 raise UserError(
@@ -80,15 +111,11 @@ def train(cfg: Config, held_out: list[str]) -> bytes:
     raise UserError(f"--vocab_size {cfg.vocab_size} 太小；请用至少 {needed[1]}，最好是它的两倍。")
 
 
-LOWEST_COVERAGE = 0.98  # SentencePiece accepts no less
-
-
-def run_trainer(cfg: Config, coverage: float, held_out: list[str]) -> bytes:
+def run_trainer(cfg: Config, coverage: float, corpus: Corpus) -> bytes:
     """Run SentencePiece's trainer; raises its RuntimeError."""
-    sentencepiece.set_random_generator_seed(cfg.seed)
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=training_lines(cfg.data, held_out),
+        sentence_iterator=iter(sample(corpus.lines(), cfg.sample_characters, cfg.seed)),
         model_writer=model,
         model_type="bpe",
         vocab_size=cfg.vocab_size,
@@ -99,8 +126,6 @@ def run_trainer(cfg: Config, coverage: float, held_out: list[str]) -> bytes:
         remove_extra_whitespaces=False,
         allow_whitespace_only_pieces=True,
         max_sentence_length=4 * MAX_LINE,  # bytes
-        input_sentence_size=cfg.sample_lines,
-        shuffle_input_sentence=True,
         unk_id=0,
         bos_id=1,
         eos_id=2,
@@ -111,35 +136,36 @@ def run_trainer(cfg: Config, coverage: float, held_out: list[str]) -> bytes:
     return model.getvalue()
 
 
-MAX_LINE = 1000  # characters; SentencePiece would skip lines that are much longer
+def sample(lines: Iterable[str], characters: int, seed: int) -> list[str]:
+    """A random sample of lines of about so many characters, in their order; memory is bounded by it.
+
+    Every line draws a number, and those with the least numbers that fit stay (a reservoir in a heap).
+    """
+    rng = random.Random(seed)
+    heap: list[tuple[float, int, str]] = []  # the greatest number on top
+    size = 0
+    for order, line in enumerate(lines):
+        draw = rng.random()
+        if size >= characters and draw > -heap[0][0]:
+            continue
+        heapq.heappush(heap, (-draw, order, line))
+        size += len(line)
+        while size - len(heap[0][2]) >= characters:
+            size -= len(heapq.heappop(heap)[2])
+    return [line for _, line in sorted((order, line) for _, order, line in heap)]
 
 
-def training_lines(data: Path, held_out: list[str]) -> Iterator[str]:
-    """The corpus line by line; one document in `HELD_OUT_EVERY` goes to `held_out` instead."""
-    aside, characters = SetAside(), 0
-    for file in list_files(data):
-        for number, document in enumerate(read_documents(file, aside)):
-            if number % HELD_OUT_EVERY == 0 and characters < HELD_OUT_CHARACTERS:
-                held_out.append(document.text[:HELD_OUT_CHARACTERS])
-                characters += len(held_out[-1])
-                continue
-            for line in document.text.splitlines():
-                for start in range(0, len(line), MAX_LINE):
-                    yield line[start : start + MAX_LINE].replace("\0", "")
-    aside.show()
-
-
-def compression(out: Path, compare: Path, held_out: list[str]) -> dict:
+def compression(out: Path, compare: Path, texts: list[str]) -> dict:
     """Characters and bytes per token of the new vocabulary, and of the other one if it is there."""
     report = {}
     for name, path in (("own", out), ("compare", compare)):
         if path.is_file():
             tokenizer = ChatGLMTokenizer(path)
-            tokens = sum(map(len, tokenizer.encode_batch(held_out)))
+            tokens = sum(map(len, tokenizer.encode_batch(texts)))
             report[name] = {
                 "vocab_size": tokenizer.vocab_size,
-                "characters_per_token": sum(map(len, held_out)) / max(tokens, 1),
-                "bytes_per_token": sum(len(text.encode()) for text in held_out) / max(tokens, 1),
+                "characters_per_token": sum(map(len, texts)) / max(tokens, 1),
+                "bytes_per_token": sum(len(text.encode()) for text in texts) / max(tokens, 1),
                 "sha256": tokenizer.sha256,
             }
     return report
@@ -147,7 +173,6 @@ def compression(out: Path, compare: Path, held_out: list[str]) -> dict:
 
 def print_report(report: dict) -> None:
     labels = {"own": "新词表", "compare": "对照词表（ChatGLM2）"}
-    print("未参与训练的文本上的压缩率：")
     for name, row in report.items():
         print(
             f"  {labels[name]}（{row['vocab_size']:,} 个条目）：每个 token "

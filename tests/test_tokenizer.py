@@ -176,3 +176,31 @@ def test_not_a_vocabulary(tmp_path) -> None:
     (tmp_path / "bad.model").write_bytes(b"garbage")
     failed = script("data_process.py", "--data", tmp_path, "--tokenizer", tmp_path / "bad.model", ok=False)
     assert "bad.model" in failed.stderr
+
+
+@settings(max_examples=200, deadline=None)
+@given(lines=st.lists(st.text("字", min_size=1, max_size=9), max_size=80), budget=st.integers(1, 200))
+def test_sampling_is_bounded_in_order_and_complete_when_it_fits(lines: list[str], budget: int) -> None:
+    from train_tokenizer import sample
+
+    numbered = [f"{i:03d}{line}" for i, line in enumerate(lines)]
+    chosen = sample(iter(numbered), budget, seed=1)
+    assert chosen == sorted(chosen) == sample(iter(numbered), budget, seed=1)
+    assert set(chosen) <= set(numbered)
+    if sum(map(len, numbered)) <= budget:
+        assert chosen == numbered
+    else:  # the budget is met, by less than a line too much
+        assert budget <= sum(map(len, chosen)) < budget + 12
+
+
+def test_sampling_takes_every_line_with_the_same_chance() -> None:
+    from train_tokenizer import sample
+
+    lines = [f"{i:04d}" for i in range(1000)]
+    counts = dict.fromkeys(lines, 0)
+    for seed in range(100):
+        for line in sample(iter(lines), 400, seed):
+            counts[line] += 1
+    early, late = sum(counts[line] for line in lines[:500]), sum(counts[line] for line in lines[500:])
+    assert early + late == 100 * 100
+    assert abs(early - late) < 400  # four standard deviations

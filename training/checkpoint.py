@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from chatglm_tokenizer.tokenization_chatglm import CHATGLM2, ChatGLMTokenizer
 from model import PRESETS, ModelArgs, Transformer
@@ -175,9 +175,3 @@ def args_from_weights(weights: dict[str, Tensor], path: Path) -> ModelArgs:
         max_seq_len=preset["max_seq_len"] if preset else 512,
         tie_embeddings=torch.equal(output, weights["tok_embeddings.weight"]),
     )
-
-
-def raw_model(model: nn.Module) -> Transformer:
-    """The model inside DDP and torch.compile."""
-    model = getattr(model, "module", model)
-    return getattr(model, "_orig_mod", model)

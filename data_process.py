@@ -19,7 +19,7 @@ from sources.files import list_files
 from sources.pretrain_text import Document, read_documents
 from sources.report import settings, table, write_json
 from sources.token_files import TokenFile, Validation, merge, open_token_files, published_bins
-from stage import DEMO_DIR, ROOT, StageConfig, UserError, need, run_stage
+from stage import DEMO_DIR, ROOT, StageConfig, UserError, need, require, run_stage, sidecar_path
 
 if TYPE_CHECKING:
     from chatglm_tokenizer.tokenization_chatglm import ChatGLMTokenizer
@@ -39,7 +39,7 @@ class Config(StageConfig):
     tokenizer: Path = ROOT / "chatglm_tokenizer" / "tokenizer.model"  # SentencePiece 词表
     text_column: str | None = None  # 正文所在的字段；不填则按各公开数据集的格式识别
     bin: tuple[Path, ...] = ()  # 并入这些已分好词的 .bin（无文件头 uint16，ChatGLM2 词表），会复制一份
-    find_bin: bool = True  # 也并入 data/ 下找到的这种 .bin；文件很大、不想复制时用 --no-find-bin
+    find_bin: bool = True  # 也并入 data/ 下找到的这种 .bin；文件很大、不想复制时用 --no_find_bin
     out: Path = ROOT / "data" / "pretrain_data.bin"  # 训练集；统计写在同名 .json
     valid: Path = ROOT / "data" / "valid_data.bin"  # 验证集；统计写在同名 .json
     valid_fraction: float = 0.005  # 验证集占文档的比例，按内容的哈希选：追加语料不会打乱原有划分
@@ -53,6 +53,13 @@ class Config(StageConfig):
         valid=DEMO_DIR / "valid_data.bin",
     )
     INPUT = "data"
+
+    def check(self) -> None:
+        require(0 <= self.valid_fraction < 1, "valid_fraction", self.valid_fraction, "不小于 0 且小于 1")
+        for name in ("valid_documents", "valid_tokens"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "不能小于 0")
+        if sidecar_path(self.out).resolve() == sidecar_path(self.valid).resolve():
+            raise UserError(f"--out {self.out} 和 --valid {self.valid} 会互相覆盖；请用不同的名字。")
 
     def has_input(self) -> bool:
         return corpus(self) is not None or bool(bins(self))
@@ -119,8 +126,6 @@ def tokenize(
 
 
 def main(cfg: Config) -> None:
-    if not 0 <= cfg.valid_fraction < 1:
-        raise UserError(f"--valid-fraction 应在 0 到 1 之间，现为 {cfg.valid_fraction}。")
     if cfg.demo and not cfg.data.exists():
         ensure_demo()
         need(cfg.data, "data_clean/clear.py", cfg)
@@ -139,7 +144,7 @@ def main(cfg: Config) -> None:
             raise UserError(f"{path} 里没有一篇可用的文档，请检查 --data。")
     seconds = time.perf_counter() - start
     for file in (train, valid):
-        write_json(file.path.with_suffix(".json"), {**file.sidecar(tokenizer), "settings": settings(cfg)})
+        write_json(sidecar_path(file.path), {**file.sidecar(tokenizer), "settings": settings(cfg)})
     show(train, valid, seconds)
 
 

@@ -75,9 +75,15 @@ def read_sidecar(path: Path) -> dict:
     if not sidecar.is_file():
         return {}
     try:
-        return json.loads(sidecar.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{sidecar} 不是有效的 JSON；请重新运行 data_process.py。") from error
+        content = json.loads(sidecar.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        content = None
+    is_ours = isinstance(content, dict) and isinstance(content.get("tokenizer", {}), dict)
+    if not is_ours or content.get("dtype", "uint16") not in ("uint16", "uint32"):
+        raise UserError(
+            f"{sidecar} 不是 data_process.py 写的说明；请重新生成，或移走它（没有说明则按 uint16 读）。"
+        )
+    return content
 
 
 class PretrainBatches:
@@ -94,6 +100,7 @@ class PretrainBatches:
         self.signature = {
             "batch_tokens": batch * windows.seq_len,
             "windows": len(windows),
+            "file_tokens": [len(tokens) for tokens in windows.files],
             "max_seq_len": windows.seq_len,
             "seed": seed,
         }

@@ -15,7 +15,6 @@ from chatglm_tokenizer.tokenization_chatglm import ChatGLMTokenizer
 from model import IGNORE
 from sources.aside import SetAside
 from sources.sft_csv import read_sft_csv
-from stage import UserError
 
 POOL = 16  # batches whose samples are sorted by length together, so that a batch holds similar lengths
 
@@ -28,19 +27,22 @@ class Sample:
 
 def read_samples(path: Path, tokenizer: ChatGLMTokenizer, max_len: int, aside: SetAside) -> list[Sample]:
     """Tokenise every usable row; rows that leave no answer token within max_len are set aside."""
-    samples = []
-    for number, row in enumerate(tqdm(read_sft_csv(path, aside), "分词", unit="条", disable=None), 1):
+    samples, cut = [], 0
+    eos = tokenizer.special_tokens["<eos>"]
+    for row in tqdm(read_sft_csv(path, aside), "分词", unit="条", disable=None):
         try:
             encoded = encode_chat(to_messages(row), tokenizer, max_len)
         except ValueError as error:
-            aside.add(path, number, f"无法分词：{error}", row["prompt"])
+            aside.add(path, row["row"], f"无法分词：{error}", row["prompt"])
             continue
         if encoded is None:
-            aside.add(path, number, f"问题太长：{max_len} 个 token 里放不下答案", row["prompt"])
+            aside.add(path, row["row"], f"问题太长：{max_len} 个 token 里放不下答案", row["prompt"])
             continue
         samples.append(Sample(np.array(encoded[0], dtype=np.int32), np.array(encoded[1])))
-    if not samples:
-        raise UserError(f"{path} 里没有可用的样本；请检查内容，或重新运行 python sft_data_process.py。")
+        whole_answers = int((samples[-1].ids[samples[-1].bears_loss] == eos).sum())
+        cut += whole_answers < 1 + len(row["history"])
+    if cut:
+        print(f"{cut:,} 条样本超过 {max_len} 个 token：去掉了最早的几轮，或截短了答案的末尾。", flush=True)
     return samples
 
 
@@ -83,7 +85,8 @@ class SftBatches:
         self.samples, self.batch, self.micro_batch = samples, batch, micro_batch
         self.rank, self.world, self.seed = rank, world, seed
         self.steps_per_epoch = -(-len(samples) // batch)
-        self.signature = {"batch": batch, "samples": len(samples), "seed": seed}
+        content = hashlib.sha256(b"".join(sample.ids.tobytes() for sample in samples)).hexdigest()
+        self.signature = {"batch": batch, "samples": len(samples), "seed": seed, "content": content}
         self.epoch, self.order = -1, []
 
     def step(self, step: int) -> list[tuple[Tensor, Tensor]]:
@@ -92,8 +95,10 @@ class SftBatches:
         if epoch != self.epoch:
             self.epoch, self.order = epoch, self.shuffled(epoch)
         batch = self.order[position]
-        # A last batch with fewer samples than processes: some take one that others have, so none is idle.
-        mine = batch[self.rank :: self.world] or batch[:1]
+        mine = batch[self.rank :: self.world]
+        if not mine:  # a last batch with fewer samples than processes: take part, but learn nothing
+            x, y = collate([self.samples[batch[0]]])
+            return [(torch.zeros_like(x), torch.full_like(y, IGNORE))]
         parts = [mine[i : i + self.micro_batch] for i in range(0, len(mine), self.micro_batch)]
         return [collate([self.samples[i] for i in part]) for part in parts]
 

@@ -18,7 +18,7 @@ from sources.aside import SetAside
 from sources.containers import read_rows
 from sources.instructions import Unusable, to_messages
 from sources.report import table
-from stage import DEMO_DIR, ROOT, UserError, atomic_path, need, run_stage
+from stage import DEMO_DIR, DEMO_OUT, ROOT, UserError, atomic_path, check_writable, need, run_stage
 from training.checkpoint import Checkpoint
 from training.inference import InferenceConfig
 
@@ -36,7 +36,7 @@ class Config(InferenceConfig):
     save: Path | None = None  # 把每题的回答写到这个文件（JSON lines）
 
     DEMO = dict(
-        model=ROOT / "out" / "demo" / "sft",
+        model=DEMO_OUT / "sft",
         file=(DEMO_DIR / "eval" / "seen.jsonl", DEMO_DIR / "eval" / "heldout.jsonl"),
         max_new_tokens=80,
     )
@@ -54,6 +54,8 @@ class Item:
 def main(cfg: Config) -> None:
     if cfg.demo:
         need(cfg.model, "sft.py", cfg)
+    if cfg.save:
+        check_writable(cfg.save)
     loaded = cfg.load()
     if cfg.chat:
         chat(cfg, loaded)
@@ -98,7 +100,8 @@ def to_item(row: dict[str, Any] | str) -> Item:
     if isinstance(row.get("question"), str) and row["question"].strip():
         reference = row.get("answer")
         return Item(
-            [{"role": "user", "content": row["question"]}], reference if isinstance(reference, str) else ""
+            [{"role": "user", "content": row["question"]}],
+            reference.strip() if isinstance(reference, str) else "",
         )
     messages = to_messages(row)
     system = [{"role": "system", "content": messages["system"]}] if "system" in messages else []
@@ -129,7 +132,7 @@ def show(file: Path, items: Sequence[Item]) -> list[list[Any]]:
     """Print some answers of a file; returns its row of scores if it has references."""
     scored = [item for item in items if item.reference]
     wrong = [item for item in scored if item.answer != item.reference]
-    right = [item for item in items if item.answer == item.reference]
+    right = [item for item in scored if item.answer == item.reference]
     for label, examples in (("答对", right[:5]), ("答错", wrong[:5]), ("回答", [] if scored else items[:20])):
         for item in examples:
             print(f"[{label}] 问：{item.messages[-1]['content']}\n       答：{item.answer}")

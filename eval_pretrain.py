@@ -16,12 +16,14 @@ from tqdm import tqdm
 from chatglm_tokenizer.tokenization_chatglm import ChatGLMTokenizer
 from model import IGNORE, Transformer
 from sources.aside import SetAside
+from sources.containers import read_rows
 from sources.files import list_files
 from sources.pretrain_text import read_documents
-from stage import DEMO_DIR, ROOT, UserError, need, run_stage
+from stage import DEMO_DIR, DEMO_OUT, ROOT, UserError, need, run_stage
 from training.inference import InferenceConfig
 
-BATCH = 8  # windows of one forward
+PROMPTS = ("中国的首都是", "床前明月光，", "感冒的常见症状有", "人工智能是")
+BATCH = 8  # windows, or prompts, of one forward
 
 
 @dataclass
@@ -29,18 +31,13 @@ class Config(InferenceConfig):
     """预训练模型的评测：续写给定的开头，计算文件的困惑度与每字节比特数。"""
 
     model: Path = ROOT / "out" / "pretrain"  # 检查点文件夹（取其中最新的），或原项目的 .pth
-    prompts: tuple[str, ...] = (
-        "中国的首都是",
-        "床前明月光，",
-        "感冒的常见症状有",
-        "人工智能是",
-    )  # 要续写的开头
+    prompts: tuple[str, ...] = PROMPTS  # 要续写的开头
     prompts_file: Path | None = None  # 从文件读要续写的开头，一行一个
     text: Path | None = None  # 计算这个文件（或文件夹）的困惑度，格式同预训练语料
     repetition_penalty: float = 1.1  # 大于 1 抑制重复
 
     DEMO = dict(
-        model=ROOT / "out" / "demo" / "pretrain",
+        model=DEMO_OUT / "pretrain",
         prompts=(),
         prompts_file=DEMO_DIR / "eval" / "prompts.txt",
         max_new_tokens=60,
@@ -66,13 +63,15 @@ def continue_prompts(cfg: Config, model: Transformer, tokenizer: ChatGLMTokenize
     if cfg.prompts_file:
         if not cfg.prompts_file.is_file():
             raise UserError(f"找不到 {cfg.prompts_file}；应为文本文件，一行一个开头。")
-        prompts += cfg.prompts_file.read_text(encoding="utf-8").splitlines()
+        aside = SetAside()
+        prompts += [row for _, row in read_rows(cfg.prompts_file, aside) if isinstance(row, str)]
+        aside.show()
     prompts = [p for p in prompts if p.strip()]
-    if not prompts:
-        return
-    ids = [tokenizer.encode(p)[-model.args.max_seq_len // 2 :] for p in prompts]
-    for prompt, new in zip(prompts, model.generate(ids, **cfg.sampling(tokenizer)), strict=True):
-        print(f"【{prompt}】{tokenizer.decode(new)}\n")
+    for start in range(0, len(prompts), BATCH):
+        batch = prompts[start : start + BATCH]
+        ids = [tokenizer.encode(p)[-model.args.max_seq_len // 2 :] for p in batch]
+        for prompt, new in zip(batch, model.generate(ids, **cfg.sampling(tokenizer)), strict=True):
+            print(f"【{prompt}】{tokenizer.decode(new)}\n")
 
 
 def perplexity(path: Path, model: Transformer, tokenizer: ChatGLMTokenizer) -> dict[str, float]:

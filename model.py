@@ -33,10 +33,12 @@ class ModelArgs:
     tie_embeddings: bool = True  # the output matrix is the embedding matrix
 
     def __post_init__(self) -> None:
-        self.n_kv_heads = self.n_kv_heads or self.n_heads
-        self.head_dim = self.dim // self.n_heads
+        self.n_kv_heads = self.n_heads if self.n_kv_heads is None else self.n_kv_heads
         if self.hidden_dim is None:
             self.hidden_dim = self.multiple_of * math.ceil(int(8 * self.dim / 3) / self.multiple_of)
+        if min(self.dim, self.n_layers, self.n_heads, self.n_kv_heads, self.max_seq_len, self.vocab_size) < 1:
+            raise ValueError("every size of a model must be at least 1")
+        self.head_dim = self.dim // self.n_heads
         if self.dim % self.n_heads or self.n_heads % self.n_kv_heads or self.head_dim % 2:
             raise ValueError("n_heads must divide dim into an even width, and n_kv_heads divide n_heads")
 
@@ -87,7 +89,7 @@ class KVCache:
     """
 
     def __init__(self, pad: Tensor, length: int):
-        self.pad, self.padded, self.length = pad, bool(pad.any()), length
+        self.pad, self.most_padding, self.length = pad, int(pad.max()), length
         self.used = 0  # positions filled
         self.layers: dict[int, Tensor] = {}  # layer -> (2, B, K, length, D), made when its dtype is known
 
@@ -101,7 +103,7 @@ class KVCache:
 
     def mask(self, new: int) -> Tensor | None:
         """What the `new` next tokens may attend to, (B, 1, new, used + new); None: everything."""
-        if new == 1 and not self.padded:
+        if new == 1 and not self.most_padding:
             return None
         query = torch.arange(self.used, self.used + new, device=self.pad.device)[:, None]
         key = torch.arange(self.used + new, device=self.pad.device)
@@ -199,12 +201,16 @@ class Transformer(nn.Module):
         reduction: "mean" or "sum" over the targets that bear loss. ValueError if T exceeds max_seq_len.
         """
         T, start = tokens.shape[1], cache.used if cache else 0
-        if start + T > self.args.max_seq_len:
-            raise ValueError(f"{start + T} tokens exceed max_seq_len={self.args.max_seq_len}")
+        limit, padding = self.args.max_seq_len, cache.most_padding if cache else 0
+        if start + T - padding > limit:  # too long even for the shortest row
+            raise ValueError(f"{start + T} tokens exceed max_seq_len={limit}")
         rope, mask = self.rope[None, :T], None  # (1, T, D/2, 2)
         if cache is not None:
             positions = torch.arange(start, start + T, device=tokens.device) - cache.pad[:, None]  # (B, T)
-            rope, mask = self.rope[positions.clamp(min=0)], cache.mask(T)  # (B, T, D/2, 2), (B, 1, T, S)
+            rope, mask = (
+                self.rope[positions.clamp(0, limit - 1)],
+                cache.mask(T),
+            )  # (B, T, D/2, 2), (B, 1, T, S)
         x = self.dropout(self.tok_embeddings(tokens))  # (B, T, C)
         for layer in self.layers:
             x = layer(x, rope, cache, mask)
@@ -230,12 +236,8 @@ class Transformer(nn.Module):
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **sampling) -> list[list[int]]:
         """Continue a batch of prompts; returns each row's new ids, without the stop id. Options: `stream`."""
-        rows: list[list[int]] = [[] for _ in prompts]
-        for step in self.stream(prompts, max_new_tokens, **sampling):
-            for row, token in zip(rows, step, strict=True):
-                if token is not None:
-                    row.append(token)
-        return rows
+        steps = list(self.stream(prompts, max_new_tokens, **sampling))
+        return [[step[row] for step in steps if step[row] is not None] for row in range(len(prompts))]
 
     @torch.inference_mode()
     def stream(
@@ -252,8 +254,7 @@ class Transformer(nn.Module):
         """Yield one new id for each row at a time; None for a row that has met a stop id.
 
         prompts: ids of each row (lists or a tensor), none empty; of one that is too long, the end is kept.
-        Generation ends when every row has stopped, after max_new_tokens, or when max_seq_len is reached.
-        temperature 0 takes the likeliest token.
+        A row ends at a stop id, after max_new_tokens, or when it fills max_seq_len, whatever the others do.
         """
         prompts = [list(map(int, p)) for p in prompts]
         if not prompts or not all(prompts):
@@ -267,18 +268,18 @@ class Transformer(nn.Module):
         tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)  # (B, T)
         real = torch.arange(longest, device=device) >= pad[:, None]  # (B, T), False at padding
         rng = None if seed is None else torch.Generator(device).manual_seed(seed)
-        size = min(limit, longest + max_new_tokens)
+        size = min(longest + max_new_tokens, limit + int(pad.max()))
         cache = KVCache(pad, size)
         stopped = torch.zeros(len(prompts), dtype=torch.bool, device=device)
         stop = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
         new = tokens
         try:
-            for _ in range(size - longest):
+            for position in range(longest, size):
                 logits = self(new, cache=cache, last_only=True)[:, -1].float()  # (B, V)
                 if repetition_penalty != 1:
                     logits = penalize_repetition(logits, tokens, real, repetition_penalty)
                 new = sample(logits, temperature, top_k, top_p, rng)[:, None]  # (B, 1)
-                stopped |= torch.isin(new[:, 0], stop)
+                stopped |= torch.isin(new[:, 0], stop) | (position - pad >= limit)
                 if stopped.all():
                     return
                 yield [None if s else t for t, s in zip(new[:, 0].tolist(), stopped.tolist(), strict=True)]
@@ -307,7 +308,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, with_gradients: bool) -> Tensor:
         total = torch.zeros((), device=x.device)
-        grads = torch.zeros_like(x), torch.zeros_like(weight)
+        grads = (torch.zeros_like(x), torch.zeros_like(weight)) if with_gradients else (x, weight)
         size = max(512, 2**22 // len(weight))
         for xs, ts, grad_xs in zip(x.split(size), targets.split(size), grads[0].split(size), strict=True):
             bears_loss, ts = ts[:, None] != IGNORE, ts[:, None].clamp(min=0)  # (n, 1), (n, 1)
@@ -338,11 +339,10 @@ def penalize_repetition(logits: Tensor, tokens: Tensor, real: Tensor, penalty: f
 def sample(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, rng: torch.Generator | None
 ) -> Tensor:
-    """Draw one id per row, (B,), from logits (B, V): temperature, then top-k, then top-p (nucleus)."""
+    """Draw one id per row, (B,), from logits (B, V): temperature (0: the likeliest), top-k, top-p (nucleus)."""
     if temperature == 0:
         return logits.argmax(-1)
-    vocabulary = logits.shape[-1]
-    logits, ids = logits.topk(min(top_k or vocabulary, vocabulary))  # (B, k), likeliest first
+    logits, ids = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))  # (B, k), likeliest first
     p = (logits / temperature).softmax(-1)
     if top_p is not None:
         p[p.cumsum(-1) - p >= top_p] = 0  # keep the fewest ids that together reach top_p

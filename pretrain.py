@@ -15,7 +15,7 @@ import numpy as np
 from chatglm_tokenizer.tokenization_chatglm import CHATGLM2, ChatGLMTokenizer
 from dataset import PretrainBatches, TokenWindows, read_sidecar
 from model import PRESETS, ModelArgs, Transformer
-from stage import DEMO_DIR, ROOT, UserError, need, run_stage
+from stage import DEMO_DIR, DEMO_OUT, ROOT, UserError, need, require, run_stage
 from training import runtime as rt
 from training.config import TrainConfig
 from training.loop import train
@@ -45,7 +45,7 @@ class Config(TrainConfig):
     DEMO = dict(
         data=(DEMO_DIR / "pretrain_data.bin",),
         valid=DEMO_DIR / "valid_data.bin",
-        out=ROOT / "out" / "demo" / "pretrain",
+        out=DEMO_OUT / "pretrain",
         model="demo",
         batch_tokens=16 * 256,
         micro_batch=16,
@@ -60,14 +60,21 @@ class Config(TrainConfig):
     )
     INPUT = "data"
 
+    def check(self) -> None:
+        super().check()
+        require(len(self.data) > 0, "data", "空", "至少要有一个文件")
+        require(self.batch_tokens >= 1, "batch_tokens", self.batch_tokens, "至少为 1")
+        require(self.eval_tokens >= 1, "eval_tokens", self.eval_tokens, "至少为 1")
+        require(self.dropout is None or 0 <= self.dropout < 1, "dropout", self.dropout, "不小于 0 且小于 1")
+
     def has_input(self) -> bool:
         return all(path.exists() for path in self.data)
 
 
 def main(cfg: Config) -> None:
+    if cfg.demo and rt.is_first_process():
+        need(cfg.data[0], "data_process.py", cfg)
     with rt.start(cfg.device, cfg.precision, cfg.seed) as runtime:
-        if cfg.demo:
-            runtime.main_first(lambda: need(cfg.data[0], "data_process.py", cfg))
         for path in cfg.data:
             need(path, "data_process.py", cfg)
         tokenizer = ChatGLMTokenizer(cfg.tokenizer or recorded_tokenizer(cfg.data[0]))
@@ -76,7 +83,7 @@ def main(cfg: Config) -> None:
         batch = max(runtime.world, cfg.batch_tokens // args.max_seq_len)
         batches = PretrainBatches(windows, batch, cfg.micro_batch, runtime.rank, runtime.world, cfg.seed)
         evaluate = make_evaluate(cfg, args, tokenizer, runtime)
-        train(cfg, runtime, Transformer(args), tokenizer.vocab_file, batches, evaluate)
+        train(cfg, runtime, Transformer(args), tokenizer.content, batches, evaluate)
 
 
 def recorded_tokenizer(data: Path) -> Path:
@@ -100,8 +107,9 @@ def make_evaluate(
     cfg: Config, args: ModelArgs, tokenizer: ChatGLMTokenizer, runtime: rt.Runtime
 ) -> Callable[[Transformer], dict[str, float]]:
     """A function that measures loss (nats per token) and bits per byte on fixed windows of cfg.valid."""
-    if not cfg.valid.exists():
-        runtime.print(f"没有验证文件 {cfg.valid}，不做验证。")
+    needed = 2 * (args.max_seq_len + 1)  # bytes of a window of uint16
+    if not cfg.valid.exists() or cfg.valid.stat().st_size < needed:
+        runtime.print(f"没有验证文件 {cfg.valid}，或它不足一个窗口：不做验证。")
         return lambda model: {}
     windows = TokenWindows([cfg.valid], args.max_seq_len, tokenizer)
     count = max(1, min(len(windows), cfg.eval_tokens // args.max_seq_len))

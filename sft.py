@@ -12,7 +12,7 @@ from chatglm_tokenizer.tokenization_chatglm import ChatGLMTokenizer
 from dataset_sft import Sample, SftBatches, collate, read_samples, split_validation
 from model import IGNORE, Transformer
 from sources.aside import SetAside
-from stage import DEMO_DIR, ROOT, UserError, need, run_stage
+from stage import DEMO_DIR, DEMO_OUT, ROOT, UserError, need, require, run_stage
 from training import checkpoint
 from training import runtime as rt
 from training.config import TrainConfig
@@ -37,8 +37,8 @@ class Config(TrainConfig):
 
     DEMO = dict(
         data=DEMO_DIR / "sft_data.csv",
-        init=ROOT / "out" / "demo" / "pretrain",
-        out=ROOT / "out" / "demo" / "sft",
+        init=DEMO_OUT / "pretrain",
+        out=DEMO_OUT / "sft",
         lr=1e-3,
         min_lr=1e-5,
         warmup=30,
@@ -52,13 +52,17 @@ class Config(TrainConfig):
     )
     INPUT = "data"
 
+    def check(self) -> None:
+        super().check()
+        require(self.batch >= 1, "batch", self.batch, "至少为 1")
+        require(0 <= self.valid_fraction < 1, "valid_fraction", self.valid_fraction, "不小于 0 且小于 1")
+
 
 def main(cfg: Config) -> None:
+    if cfg.demo and rt.is_first_process():
+        need(cfg.data, "sft_data_process.py", cfg)
+        need(cfg.init, "pretrain.py", cfg)
     with rt.start(cfg.device, cfg.precision, cfg.seed) as runtime:
-        if cfg.demo:
-            runtime.main_first(
-                lambda: (need(cfg.data, "sft_data_process.py", cfg), need(cfg.init, "pretrain.py", cfg))
-            )
         if not cfg.init.exists():
             raise UserError(
                 f"找不到预训练模型 {cfg.init}；请先运行 python pretrain.py，"
@@ -69,7 +73,7 @@ def main(cfg: Config) -> None:
         training, validation = load_data(cfg, start.tokenizer, start.model.args.max_seq_len, runtime)
         batches = SftBatches(training, cfg.batch, cfg.micro_batch, runtime.rank, runtime.world, cfg.seed)
         evaluate = make_evaluate(cfg, validation, runtime)
-        train(cfg, runtime, start.model, start.tokenizer.vocab_file, batches, evaluate)
+        train(cfg, runtime, start.model, start.tokenizer.content, batches, evaluate)
 
 
 def load_data(
@@ -81,6 +85,8 @@ def load_data(
     training, validation = split_validation(samples, cfg.valid_fraction)
     if runtime.is_main:
         aside.show()
+    if not samples:
+        raise UserError(f"{cfg.data} 里没有可用的样本；请检查内容，或重新运行 python sft_data_process.py。")
     answers = sum(int(s.bears_loss.sum()) for s in training)
     runtime.print(f"训练 {len(training):,} 条（答案 {answers:,} 个 token），验证 {len(validation):,} 条。")
     return training, validation

@@ -16,7 +16,7 @@ from sources.demo_corpus import ensure_demo
 from sources.instructions import read_instructions
 from sources.report import settings, table, write_json
 from sources.sft_csv import write_sft_csv
-from stage import DEMO_DIR, ROOT, StageConfig, UserError, run_stage
+from stage import DEMO_DIR, ROOT, StageConfig, UserError, run_stage, sidecar_path
 
 
 @dataclass
@@ -32,6 +32,9 @@ class Config(StageConfig):
 
     DEMO = dict(data=DEMO_DIR / "sft", out=DEMO_DIR / "sft_data.csv")
     INPUT = "data"
+
+    def check(self) -> None:
+        sidecar_path(self.out)
 
 
 def to_row(instruction: dict[str, Any]) -> dict[str, Any]:
@@ -84,7 +87,7 @@ def main(cfg: Config) -> None:
     aside.show()
     if not rows:
         raise UserError(
-            f"{cfg.data} 里没有一条可用的指令；原因见上表，长度限制可用 --max-question、--max-answer 等放宽。"
+            f"{cfg.data} 里没有一条可用的指令；原因见上表，长度限制可用 --max_question、--max_answer 等放宽。"
         )
     write_sft_csv(cfg.out, rows)
     report = {
@@ -94,7 +97,7 @@ def main(cfg: Config) -> None:
         "set_aside": aside.report(),
         "settings": settings(cfg),
     }
-    write_json(cfg.out.with_suffix(".json"), report)
+    write_json(sidecar_path(cfg.out), report)
     print(f"\n已写入 {cfg.out}：{len(rows):,} 条（其中多轮 {report['dialogues']:,} 条）")
 
 

@@ -15,6 +15,7 @@ A stage is a dataclass of settings (one per line, with a comment) and a `main(cf
 Every field is a `--name value` option with the comment as its help; an unknown name is an error.
 """
 
+import errno
 import os
 import shutil
 import subprocess
@@ -31,6 +32,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 ROOT = Path(__file__).resolve().parent
 DEMO_DIR = ROOT / "data" / "demo"
+DEMO_OUT = ROOT / "out" / "demo"
 
 
 class UserError(Exception):
@@ -48,6 +50,15 @@ class StageConfig:
         """Whether the default input is there; if not, and no other was asked for, the demo runs."""
         return getattr(self, self.INPUT).exists()
 
+    def check(self) -> None:
+        """Raise UserError for settings that cannot work."""
+
+
+def require(ok: bool, name: str, value: object, condition: str) -> None:
+    """Raise UserError unless a setting is as it must be. Write `ok` so that NaN fails it."""
+    if not ok:
+        raise UserError(f"--{name} {condition}，现在是 {value}。")
+
 
 def parse(config_class: type[StageConfig], argv: list[str] | None = None) -> StageConfig:
     """Read the settings from the command line; fall back to the demo when the default input is missing."""
@@ -58,15 +69,17 @@ def parse(config_class: type[StageConfig], argv: list[str] | None = None) -> Sta
     if "--demo" in argv:
         defaults = replace(defaults, demo=True, **config_class.DEMO)
     cfg = tyro.cli(config_class, default=defaults, args=argv, use_underscores=True)
+    cfg.check()
     name = config_class.INPUT
-    if name and not cfg.demo and getattr(cfg, name) == getattr(defaults, name) and not cfg.has_input():
-        print("没有找到您准备的数据，改用内置演示（等同于 --demo）。", flush=True)
+    may_fall_back = name and not cfg.demo and not {"--no_demo", "--no-demo"} & set(argv)
+    if may_fall_back and getattr(cfg, name) == getattr(defaults, name) and not cfg.has_input():
+        print("默认的输入还不存在，改用内置演示（等同于 --demo）。", flush=True)
         return parse(config_class, ["--demo", *argv])
     return cfg
 
 
 def run_stage(config_class: type[StageConfig], main: Callable[[Any], None]) -> None:
-    """Parse the settings and run the stage; a `UserError` ends it with one line instead of a traceback."""
+    """Parse the settings and run the stage; an error of the user's ends it with one line, not a traceback."""
     for stream in (sys.stdout, sys.stderr):  # Windows consoles and LANG=C would fail on Chinese text
         stream.reconfigure(encoding="utf-8", errors="replace")
     try:
@@ -77,18 +90,21 @@ def run_stage(config_class: type[StageConfig], main: Callable[[Any], None]) -> N
         sys.exit("已中断。")
     except BrokenPipeError:  # e.g. `| head`
         os._exit(0)
+    except OSError as error:
+        sys.exit(f"错误：{error.filename or '读写文件'}：{error.strerror or error}")
 
 
 def need(path: Path, script: str, cfg: StageConfig) -> Path:
     """Return `path`; in the demo, run the stage that makes it first; otherwise say which one does."""
-    if not path.exists():
-        if not cfg.demo:
-            raise UserError(f"找不到 {path}；请先运行 python {script}，或用参数指定别的路径。")
-        print(f"演示缺少 {path.relative_to(ROOT)}，先运行 python {script} --demo", flush=True)
-        # Under torchrun the earlier stage is one process of its own.
-        alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-        if subprocess.run([sys.executable, str(ROOT / script), "--demo"], env=alone).returncode:
-            raise UserError(f"python {script} --demo 未成功，见上面的输出。")
+    if path.exists():
+        return path
+    if not (cfg.demo and (path.is_relative_to(DEMO_DIR) or path.is_relative_to(DEMO_OUT))):
+        raise UserError(f"找不到 {path}；请先运行 python {script}，或用参数指定别的路径。")
+    print(f"演示缺少 {path}，先运行 python {script} --demo", flush=True)
+    # Under torchrun the earlier stage is one process of its own.
+    alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    if subprocess.run([sys.executable, str(ROOT / script), "--demo"], env=alone).returncode:
+        raise UserError(f"python {script} --demo 未成功，见上面的输出。")
     return path
 
 
@@ -96,27 +112,59 @@ def need(path: Path, script: str, cfg: StageConfig) -> Path:
 def atomic_path(final: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `final` to write (a file or a folder); rename it only on success.
 
-    A stage that is killed half-way therefore never leaves a half-written file under its final name.
+    A stage that is killed half-way therefore never leaves a half-written file under its final name, and what
+    stood there before is replaced only by something whole.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.with_name(f".{final.name}.tmp-{os.getpid()}")
     try:
         yield temporary
         sync_tree(temporary)
-        if final.is_dir():
-            if not temporary.is_dir():  # a file must never replace a folder full of the user's data
-                raise UserError(f"{final} 是一个文件夹，这里要写的是文件；请换一个路径。")
-            shutil.rmtree(final)
-        os.replace(temporary, final)
+        if final.is_dir() and not temporary.is_dir():
+            raise UserError(f"{final} 是文件夹，而这里要写的是文件；请换一个路径。")
+        swap(temporary, final)
     except OSError as error:
-        if error.errno == 28:  # ENOSPC
+        if error.errno == errno.ENOSPC:
             raise UserError(f"磁盘已满，无法写入 {final}；请清理空间后重跑，旧文件未被改动。") from error
         raise
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
+        remove(temporary)
+
+
+def swap(new: Path, final: Path) -> None:
+    """Give `new` the name `final`; a folder that has it steps aside first and comes back if that fails."""
+    old = final.with_name(f".{final.name}.old-{os.getpid()}")
+    if final.is_dir():
+        os.replace(final, old)
+    try:
+        os.replace(new, final)
+    except BaseException:
+        if old.exists():
+            os.replace(old, final)
+        raise
+    remove(old)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    elif path.exists():
+        path.unlink()
+
+
+def check_writable(path: Path) -> None:
+    """Raise an OSError or UserError now if `path` could not be written at the end of a long run."""
+    with atomic_path(path.with_name(f".{path.name}.check")) as temporary:
+        temporary.touch()
+    path.with_name(f".{path.name}.check").unlink()
+
+
+def sidecar_path(path: Path) -> Path:
+    """The JSON that describes an output file, beside it."""
+    if path.suffix == ".json":
+        raise UserError(f"输出 {path} 不能以 .json 结尾：这个名字要留给旁边的统计文件。")
+    return path.with_suffix(".json")
 
 
 def sync_tree(path: Path) -> None:

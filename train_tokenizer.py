@@ -18,9 +18,8 @@ import sentencepiece
 
 from chatglm_tokenizer.tokenization_chatglm import CHATGLM2, ChatGLMTokenizer
 from sources.aside import SetAside
-from sources.files import list_files
 from sources.pretrain_text import read_documents
-from stage import DEMO_DIR, ROOT, StageConfig, UserError, atomic_path, need, run_stage
+from stage import DEMO_DIR, ROOT, StageConfig, UserError, atomic_path, need, require, run_stage, sidecar_path
 
 HELD_OUT_EVERY = 50  # one document in so many measures the compression and is not trained on
 HELD_OUT_CHARACTERS = 1_000_000
@@ -42,19 +41,34 @@ class Config(StageConfig):
     DEMO = dict(data=DEMO_DIR / "clean", out=DEMO_DIR / "tokenizer.model", vocab_size=5000)
     INPUT = "data"
 
+    def check(self) -> None:
+        sidecar_path(self.out)
+        require(self.sample_characters > 0, "sample_characters", self.sample_characters, "必须大于 0")
+        require(
+            self.vocab_size > 300,
+            "vocab_size",
+            self.vocab_size,
+            "必须大于 300（256 个字节、特殊符号和常用字）",
+        )
+        coverage = self.character_coverage
+        require(
+            LOWEST_COVERAGE <= coverage <= 1,
+            "character_coverage",
+            coverage,
+            f"在 {LOWEST_COVERAGE} 与 1 之间",
+        )
+
 
 def main(cfg: Config) -> None:
     if cfg.demo:
         need(cfg.data, "data_clean/clear.py", cfg)
-    if cfg.sample_characters <= 0:
-        raise UserError(f"--sample_characters 必须大于 0，现在是 {cfg.sample_characters}。")
     corpus = Corpus(cfg.data)
     with atomic_path(cfg.out) as temporary:
         temporary.write_bytes(train(cfg, corpus))
     report = compression(cfg.out, cfg.compare, corpus.held_out or corpus.first)
     print("没有参与训练的文本上的压缩率：" if corpus.held_out else "语料太少，只能给出训练文本上的压缩率：")
     print_report(report)
-    with atomic_path(cfg.out.with_suffix(".json")) as temporary:
+    with atomic_path(sidecar_path(cfg.out)) as temporary:
         temporary.write_text(json.dumps(report, ensure_ascii=False, indent=2), encoding="utf-8")
 
 
@@ -70,16 +84,15 @@ class Corpus:
         """The documents that train, line by line; starts anew at every call."""
         self.first, self.held_out, characters = [], [], 0
         aside = SetAside()
-        for file in list_files(self.data):
-            for number, document in enumerate(read_documents(file, aside), 1):
-                if number % HELD_OUT_EVERY == 0 and characters < HELD_OUT_CHARACTERS:
-                    self.held_out.append(document.text[:HELD_OUT_CHARACTERS])
-                    characters += len(self.held_out[-1])
-                    continue
-                self.first = self.first or [document.text[:HELD_OUT_CHARACTERS]]
-                for line in document.text.splitlines():
-                    for start in range(0, len(line), MAX_LINE):
-                        yield line[start : start + MAX_LINE].replace("\0", "")
+        for number, document in enumerate(read_documents(self.data, aside), 1):
+            if number % HELD_OUT_EVERY == 0 and characters < HELD_OUT_CHARACTERS:
+                self.held_out.append(document.text[:HELD_OUT_CHARACTERS])
+                characters += len(self.held_out[-1])
+                continue
+            self.first = self.first or [document.text[:HELD_OUT_CHARACTERS]]
+            for line in document.text.splitlines():
+                for start in range(0, len(line), MAX_LINE):
+                    yield line[start : start + MAX_LINE].replace("\0", "")
         aside.show()
 
 

@@ -50,7 +50,7 @@ def encode_turns(
     system, turns = split_turns(messages)
     head = tokenizer.encode(system) if system else []
     encoded = [
-        (tokenizer.encode(user) + [bos], tokenizer.encode(answer) + [eos] if answer else [])
+        (tokenizer.encode(user) + [bos], [] if answer is None else tokenizer.encode(answer) + [eos])
         for user, answer in turns
     ]
     while len(encoded) > 1 and len(head) + sum(len(p) + len(a) for p, a in encoded) > max_len:
@@ -58,8 +58,8 @@ def encode_turns(
     return head, encoded
 
 
-def split_turns(messages: Sequence[Message]) -> tuple[str, list[tuple[str, str]]]:
-    """The system text and the (user, assistant) pairs; a last question without an answer has "" for it.
+def split_turns(messages: Sequence[Message]) -> tuple[str, list[tuple[str, str | None]]]:
+    """The system text and the (user, assistant) pairs; a last question without an answer has None for it.
 
     Raises ValueError when the roles do not alternate user, assistant.
     """
@@ -69,5 +69,5 @@ def split_turns(messages: Sequence[Message]) -> tuple[str, list[tuple[str, str]]
     roles = [m["role"] for m in messages]
     if not roles or roles != expected[: len(roles)]:
         raise ValueError(f"roles must alternate user, assistant; got {roles}")
-    contents = [m["content"] for m in messages] + ([""] if len(messages) % 2 else [])
+    contents = [m["content"] for m in messages] + ([None] if len(messages) % 2 else [])
     return system, list(zip(contents[::2], contents[1::2], strict=True))

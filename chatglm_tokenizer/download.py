@@ -1,6 +1,7 @@
 """Download the ChatGLM2 vocabulary and check it: `python chatglm_tokenizer/download.py`."""
 
 import hashlib
+import http.client
 import sys
 import urllib.request
 from dataclasses import dataclass
@@ -28,14 +29,14 @@ class Config(StageConfig):
 
 
 def main(cfg: Config) -> None:
-    if cfg.out.exists() and sha256(cfg.out.read_bytes()) == CHATGLM2_SHA256:
+    if cfg.out.is_file() and sha256(cfg.out.read_bytes()) == CHATGLM2_SHA256:
         print(f"{cfg.out} 已存在且校验正确。")
         return
     for url in SOURCES:
         try:
             with urllib.request.urlopen(url, timeout=cfg.timeout) as response:
                 content = response.read()
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:  # refused, or cut off half-way
             print(f"{url}：下载失败（{error}）")
             continue
         if sha256(content) != CHATGLM2_SHA256:

@@ -22,6 +22,10 @@ CHATGLM2_PIECES = 64789
 CHATGLM2_SPECIALS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 
 
+class NotText(UserError, ValueError):
+    """A string that has no UTF-8 form."""
+
+
 class ChatGLMTokenizer:
     """Text <-> ids over any SentencePiece model; `encode` gives id for id what SentencePiece gives."""
 
@@ -32,10 +36,10 @@ class ChatGLMTokenizer:
                 f"找不到词表 {vocab_file}；请运行 python chatglm_tokenizer/download.py 下载 ChatGLM2 词表，"
                 "用 python train_tokenizer.py 训练自己的词表，或用 --tokenizer 指定已有的词表。"
             )
-        content = self.vocab_file.read_bytes()
-        self.sha256 = hashlib.sha256(content).hexdigest()
+        self.content = self.vocab_file.read_bytes()  # the file itself, for checkpoints
+        self.sha256 = hashlib.sha256(self.content).hexdigest()
         try:
-            self.sp = sentencepiece.SentencePieceProcessor(model_proto=content)
+            self.sp = sentencepiece.SentencePieceProcessor(model_proto=self.content or b"empty")
         except RuntimeError as error:
             raise UserError(f"{vocab_file} 不是 SentencePiece 模型或已损坏，请重新下载或训练。") from error
         self.pieces = self.sp.vocab_size()
@@ -112,7 +116,7 @@ def check_surrogates(text: str) -> None:
     """Raise ValueError where a text has a lone surrogate (half of a UTF-16 pair)."""
     for position, character in enumerate(text):
         if "\ud800" <= character <= "\udfff":
-            raise ValueError(
+            raise NotText(
                 f"lone surrogate U+{ord(character):04X} at position {position}: not valid text; "
                 'repair it with text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")'
             )

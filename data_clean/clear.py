@@ -26,7 +26,7 @@ from sources.demo_corpus import ensure_demo
 from sources.files import OUR_OUTPUTS, list_files
 from sources.pretrain_text import Document, read_documents
 from sources.report import settings, write_json
-from stage import DEMO_DIR, ROOT, StageConfig, UserError, atomic_path, run_stage
+from stage import DEMO_DIR, ROOT, StageConfig, UserError, atomic_path, check_writable, require, run_stage
 
 
 @dataclass
@@ -48,6 +48,19 @@ class Config(StageConfig):
 
     DEMO = dict(data=DEMO_DIR / "raw", out=DEMO_DIR / "clean")
     INPUT = "data"
+
+    def check(self) -> None:
+        for name in ("ngram", "shard_rows"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "至少为 1")
+        require(1 <= self.num_perm <= 4096, "num_perm", self.num_perm, "在 1 与 4096 之间")
+        require(1 <= self.bands <= self.num_perm, "bands", self.bands, "在 1 与 --num_perm 之间")
+        require(0 < self.threshold <= 1, "threshold", self.threshold, "大于 0 且不大于 1")
+        require(0 <= self.distance < 32, "distance", self.distance, "在 0 与 31 之间")
+        require(0 <= self.seed < 2**31, "seed", self.seed, "在 0 与 2147483647 之间")
+        others = [f for f in self.out.rglob("*") if f.name != "report.json" and not f.match("part-*.parquet")]
+        if self.out.is_file() or others:
+            name = (others or [self.out])[0].name
+            raise UserError(f"--out {self.out} 里有别的文件（如 {name}），会被覆盖；请换一个空文件夹。")
 
     def has_input(self) -> bool:
         try:
@@ -129,22 +142,10 @@ def clean(cfg: Config, aside: SetAside, tally: Tally) -> Documents:
     return tally.run("合并打乱", documents, lambda d: shuffled(d, cfg.seed))
 
 
-def check(cfg: Config) -> None:
-    """Settings that cannot work; above all, an output folder that holds anything but our own output."""
-    if cfg.ngram < 1 or cfg.shard_rows < 1 or not 0 < cfg.bands <= cfg.num_perm:
-        raise UserError(f"--ngram、--shard-rows 至少为 1，--bands 在 1 到 --num-perm（{cfg.num_perm}）之间。")
-    if not 0 <= cfg.distance < 32:
-        raise UserError(f"--distance 应在 0 到 31 之间，现为 {cfg.distance}。")
-    others = [f for f in cfg.out.rglob("*") if f.name != "report.json" and not f.match("part-*.parquet")]
-    if cfg.out.is_file() or others:
-        name = (others or [cfg.out])[0].name
-        raise UserError(f"--out {cfg.out} 里有别的文件（如 {name}），会被覆盖；请换一个空文件夹。")
-
-
 def main(cfg: Config) -> None:
-    check(cfg)
     if cfg.demo:
         ensure_demo()
+    check_writable(cfg.out)
     aside, tally = SetAside(), Tally()
     documents = clean(cfg, aside, tally)
     tally.count_kept(documents)

@@ -1,6 +1,8 @@
 """Which files under a folder are data."""
 
-from collections.abc import Iterable
+import json
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from stage import DEMO_DIR, ROOT, UserError
@@ -8,7 +10,7 @@ from stage import DEMO_DIR, ROOT, UserError
 OUR_OUTPUTS = (DEMO_DIR, ROOT / "data" / "clean")
 # Files that lie beside data sets but are not data to be read as text; .bin files hold tokens.
 NOT_TEXT = {".bin", ".md", ".model", ".pdf", ".png", ".jpg", ".jpeg", ".pth", ".py", ".safetensors"}
-NOT_DATA = ("readme", "license", "report.json")
+NOT_DATA = {"readme", "license", "report"}
 
 
 def list_files(path: Path, skip: Iterable[Path] = OUR_OUTPUTS) -> list[Path]:
@@ -24,9 +26,7 @@ def list_files(path: Path, skip: Iterable[Path] = OUR_OUTPUTS) -> list[Path]:
     skipped = [folder.resolve() for folder in skip]
     skipped = [folder for folder in skipped if folder != root and root.is_relative_to(folder) is False]
     files = [
-        file
-        for file in sorted(path.rglob("*"))
-        if file.is_file() and _is_data(file, path) and not _below(file.resolve(), skipped)
+        file for file in sorted(walk(path)) if _is_data(file, path) and not _below(file.resolve(), skipped)
     ]
     if not files:
         raise UserError(
@@ -51,9 +51,32 @@ def stem(file: Path) -> str:
 
 def _is_data(file: Path, root: Path) -> bool:
     hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
-    is_sidecar = file.suffix == ".json" and any(file.with_suffix(s).exists() for s in (".bin", ".model"))
-    skip_name = file.name.lower().startswith(NOT_DATA) or file.suffix.lower() in NOT_TEXT
-    return not (hidden or is_sidecar or skip_name)
+    skip_name = file.stem.lower() in NOT_DATA or file.suffix.lower() in NOT_TEXT
+    return not (hidden or skip_name or is_sidecar(file))
+
+
+def walk(folder: Path) -> Iterator[Path]:
+    """Every file below a folder, through symbolic links too (each folder once)."""
+    seen: set[str] = set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(parent, name) for name in files if Path(parent, name).is_file())
+
+
+def is_sidecar(file: Path) -> bool:
+    """Whether a JSON file is what a stage of ours wrote beside its token file or vocabulary."""
+    beside = any(file.with_suffix(suffix).exists() for suffix in (".bin", ".model"))
+    if file.suffix != ".json" or not beside or not file.is_file() or file.stat().st_size > 10_000_000:
+        return False
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and ({"dtype", "tokens"} <= set(content) or "own" in content)
 
 
 def _below(file: Path, folders: list[Path]) -> bool:

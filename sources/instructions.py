@@ -35,6 +35,8 @@ def read_instructions(path: Path, aside: SetAside) -> Iterator[dict[str, Any]]:
 
 def to_messages(row: dict[str, Any]) -> dict[str, Any]:
     """{"messages": alternating user and assistant turns, "system": optional}; raises Unusable."""
+    if not isinstance(row, dict):
+        raise Unusable("不是 JSON 对象")
     for fields, convert in FORMATS:
         if all(field in row for field in fields):
             messages = convert(row)
@@ -94,7 +96,7 @@ def _history(row: dict[str, Any]) -> Messages:
     try:
         history = json.loads(history) if isinstance(history, str) else history
         return _turns([(_text(user, "history"), _text(reply, "history")) for user, reply in history])
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise Unusable("history 不是 [[问, 答], …]") from error
 
 

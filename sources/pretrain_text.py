@@ -110,5 +110,5 @@ FORMATS: list[tuple[tuple[str, ...], Callable[[dict[str, Any]], str]]] = [
 ]
 NO_FIELD = "没有已知的正文字段"
 REMEDIES = {
-    NO_FIELD: "用 --text-column 指明正文所在的字段；指令数据请放到 sft_data/raw 并用 sft_data_process.py"
+    NO_FIELD: "用 --text_column 指明正文所在的字段；指令数据请放到 sft_data/raw 并用 sft_data_process.py"
 }

@@ -31,7 +31,7 @@ def write_sft_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def read_sft_csv(path: Path, aside: SetAside) -> Iterator[dict[str, Any]]:
-    """Yield {"prompt", "answer", "system": str, "history": [[question, answer], …]} of every usable row."""
+    """Yield {"row", "prompt", "answer", "system", "history": [[question, answer], …]} of every usable row."""
     if not path.is_file():
         raise UserError(f"找不到 {path}；请先运行 python sft_data_process.py，或用参数指定别的路径。")
     for number, row in read_rows(path, aside, as_csv=True):
@@ -49,6 +49,7 @@ def read_sft_csv(path: Path, aside: SetAside) -> Iterator[dict[str, Any]]:
             aside.add(path, number, "history 不是 JSON [[问, 答], …]", row)
         else:
             yield {
+                "row": number,
                 "prompt": row["prompt"],
                 "answer": row["answer"],
                 "system": row.get("system") or "",

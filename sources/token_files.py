@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from sources.files import stem
+from sources.files import is_sidecar, stem, walk
 from sources.pretrain_text import Document
 from stage import DEMO_DIR, UserError, atomic_path
 
@@ -138,11 +138,12 @@ def published_bins(folder: Path, ours: set[Path]) -> list[Path]:
     """Token files brought from elsewhere: any .bin below the folder that this project did not write."""
     return [
         path
-        for path in sorted(folder.rglob("*.bin"))
-        if path not in ours
+        for path in sorted(walk(folder))
+        if path.suffix == ".bin"
+        and path not in ours
         and not path.is_relative_to(DEMO_DIR)
         and not path.name.startswith(".")
-        and not path.with_suffix(".json").exists()  # our own have a sidecar
+        and not is_sidecar(path.with_suffix(".json"))  # our own have one
     ]
 
 
@@ -184,13 +185,13 @@ def _published(path: Path, tokenizer: "ChatGLMTokenizer", train: TokenFile) -> n
     if tokenizer.sha256 != CHATGLM2_SHA256:
         raise UserError(
             f"{path} 是用 ChatGLM2 词表分的词，而 --tokenizer 选的是另一个词表（{tokenizer.vocab_file}），不能混用；"
-            "请改用 ChatGLM2 词表（python chatglm_tokenizer/download.py），或加 --no-find-bin 不并入它。"
+            "请改用 ChatGLM2 词表（python chatglm_tokenizer/download.py），或加 --no_find_bin 不并入它。"
         )
     free = shutil.disk_usage(train.path.parent).free
     if free < size // 2 * train.dtype.itemsize:
         raise UserError(
             f"磁盘剩余 {free / 1e9:.1f} GB，放不下 {path}（{size / 1e9:.1f} GB）的副本；"
-            "请加 --no-find-bin，预训练时直接读它：python pretrain.py --data 甲.bin 乙.bin"
+            "请加 --no_find_bin，预训练时直接读它：python pretrain.py --data 甲.bin 乙.bin"
         )
     return np.memmap(path, dtype="<u2", mode="r")
 

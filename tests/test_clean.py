@@ -250,7 +250,7 @@ def test_same_input_gives_the_same_bytes(raw):
     folder, _ = raw
     shards = []
     for name in ("one", "two"):
-        assert clear("--data", folder / "raw", "--out", folder / name, "--shard-rows", 100).returncode == 0
+        assert clear("--data", folder / "raw", "--out", folder / name, "--shard_rows", 100).returncode == 0
         shards.append([Path(path).read_bytes() for path in sorted(glob.glob(f"{folder}/{name}/*.parquet"))])
     assert len(shards[0]) == 3 and shards[0] == shards[1]
 

@@ -76,7 +76,7 @@ def process(folder, data, tokenizer, *args):
         out,
         "--valid",
         valid,
-        "--no-find-bin",
+        "--no_find_bin",
         *args,
     )
     result = run("data_process.py", *options)
@@ -173,7 +173,8 @@ def test_large_vocabularies_take_four_bytes(tmp_path):
 def test_published_bins_are_those_without_a_sidecar(tmp_path):
     for name in ("published.bin", "ours.bin", "out.bin", ".hidden.bin"):
         (tmp_path / name).write_bytes(b"\0\0")
-    (tmp_path / "ours.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "ours.json").write_text('{"dtype": "uint16", "tokens": 1}', encoding="utf-8")
+    (tmp_path / "published.json").write_text('[{"text": "a corpus of the same name"}]', encoding="utf-8")
     assert published_bins(tmp_path, {tmp_path / "out.bin"}) == [tmp_path / "published.bin"]
 
 
@@ -224,7 +225,7 @@ def test_mistakes_end_in_one_line(tmp_path, corpus, vocabulary):
     assert result.returncode and "download.py" in result.stderr
     (tmp_path / "bad.jsonl").write_text('{"txt": "x"}\n', encoding="utf-8")
     result, files = process(tmp_path, tmp_path / "bad.jsonl", vocabulary)
-    assert result.returncode and "--text-column" in result.stdout and files == []
+    assert result.returncode and "--text_column" in result.stdout and files == []
 
 
 def test_without_arguments_the_users_data_is_found(tmp_path, corpus, vocabulary):

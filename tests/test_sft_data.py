@@ -44,6 +44,11 @@ USER_ASSISTANT = [{"role": "user", "content": "问"}, {"role": "assistant", "con
         {"data": ["问：问", "答：答"]},
     ],
 )
+def read_csv(path, aside):
+    """The usable rows without their numbers, which only messages need."""
+    return [{k: v for k, v in row.items() if k != "row"} for row in read_sft_csv(path, aside)]
+
+
 def test_instruction_formats(row):
     assert to_messages(row) == {"messages": USER_ASSISTANT}
 
@@ -115,7 +120,7 @@ def test_sft_csv_round_trip(cells):
     with tempfile.TemporaryDirectory() as folder:
         path, aside = Path(folder) / "sft.csv", SetAside()
         write_sft_csv(path, rows)
-        read = list(read_sft_csv(path, aside))
+        read = read_csv(path, aside)
         header = path.read_text(encoding="utf-8").splitlines()[0]
     usable = [row for row in rows if row["prompt"].strip() and row["answer"].strip()]
     assert read == usable and len(aside) == len(rows) - len(usable)
@@ -126,7 +131,7 @@ def test_sft_csv_round_trip(cells):
 def test_sft_csv_by_hand(tmp_path):
     path, aside = tmp_path / "sft.csv", SetAside()
     path.write_text('﻿prompt,answer\nNA,nan\n,空\n"多\n行","引""号"""\n问\n', encoding="utf-8")
-    read = list(read_sft_csv(path, aside))
+    read = read_csv(path, aside)
     assert [(row["prompt"], row["answer"]) for row in read] == [("NA", "nan"), ("多\n行", '引"号"')]
     assert [example["row"] for example in aside.examples] == [2, 4]
     path.write_text("question,answer\n问,答\n", encoding="utf-8")
@@ -202,7 +207,7 @@ def test_dialogues_keep_their_history_and_system(tmp_path):
     }
     (tmp_path / "a.jsonl").write_text(json.dumps(dialogue) + "\n" + json.dumps(alpaca()), encoding="utf-8")
     assert process("--data", tmp_path / "a.jsonl", "--out", tmp_path / "sft.csv").returncode == 0
-    assert list(read_sft_csv(tmp_path / "sft.csv", SetAside())) == [
+    assert read_csv(tmp_path / "sft.csv", SetAside()) == [
         {"prompt": "谢谢", "answer": "不客气。", "system": "你是地理老师。", "history": [[QUESTION, ANSWER]]},
         {"prompt": QUESTION, "answer": ANSWER, "system": "", "history": []},
     ]

@@ -255,7 +255,7 @@ def test_read_documents_names_the_sources(tmp_path):
     (tmp_path / "README.md").write_text("说明", encoding="utf-8")
     (tmp_path / ".hidden").write_text("隐藏", encoding="utf-8")
     (tmp_path / "tokens.bin").write_bytes(b"\0\0")
-    (tmp_path / "tokens.json").write_text('{"dtype": "uint16"}', encoding="utf-8")
+    (tmp_path / "tokens.json").write_text('{"dtype": "uint16", "tokens": 1}', encoding="utf-8")
     aside = SetAside()
     documents = list(read_documents(tmp_path, aside))
     assert documents == [("甲", "C4_zh"), ("丙", "wiki.v2")]

@@ -28,6 +28,10 @@ from stage import UserError, atomic_path
 
 FILES = ("model.safetensors", "config.json", "train_config.json", "tokenizer.model", "training_state.pt")
 
+# (dim, layers) -> (heads, context) of the .pth files in circulation: the reference sizes and llama2.c's.
+KNOWN_HEADS = {(p["dim"], p["n_layers"]): (p["n_heads"], p["max_seq_len"]) for p in PRESETS.values()}
+KNOWN_HEADS |= {(64, 5): (8, 512), (288, 6): (6, 256), (768, 12): (12, 1024)}
+
 
 @dataclass
 class Checkpoint:
@@ -39,7 +43,7 @@ class Checkpoint:
 
 
 def save(
-    out: Path, step: int, model: Transformer, settings: Any, tokenizer: Path, state: dict, keep: int
+    out: Path, step: int, model: Transformer, settings: Any, vocabulary: bytes, state: dict, keep: int
 ) -> Path:
     """Write a checkpoint and delete all but the last `keep`. state: tensors, numbers, strings, containers."""
     final = out / f"step_{step:08d}"
@@ -48,13 +52,17 @@ def save(
         del weights["output.weight"]
     for leftover in out.glob(".step_*.tmp-*"):  # of a run that was killed while saving
         shutil.rmtree(leftover, ignore_errors=True)
-    with atomic_path(final) as temporary:
-        temporary.mkdir()
-        save_file(weights, temporary / "model.safetensors")
-        write_json(temporary / "config.json", asdict(model.args))
-        write_json(temporary / "train_config.json", asdict(settings))
-        shutil.copyfile(tokenizer, temporary / "tokenizer.model")
-        torch.save(state, temporary / "training_state.pt")
+    try:
+        with atomic_path(final) as temporary:
+            temporary.mkdir()
+            save_file(weights, temporary / "model.safetensors")
+            write_json(temporary / "config.json", asdict(model.args))
+            write_json(temporary / "train_config.json", asdict(settings))
+            (temporary / "tokenizer.model").write_bytes(vocabulary)
+            torch.save(state, temporary / "training_state.pt")
+    except (RuntimeError, SafetensorError, OSError) as error:  # what a full disk looks like from below
+        reason = str(error).splitlines()[0]
+        raise UserError(f"无法写入检查点 {final}（磁盘已满或不可写？旧检查点未被改动）：{reason}") from error
     for old in list_steps(out)[:-keep]:
         shutil.rmtree(old)
     return final
@@ -92,10 +100,8 @@ def load(path: Path, device: torch.device | str = "cpu", tokenizer: Path | None 
         weights = read_pth(path)
         args = args_from_weights(weights, path)
     else:
-        weights = read_weights(path)
         args = read_args(path)
-        if args.tie_embeddings:
-            weights["output.weight"] = weights["tok_embeddings.weight"]
+        weights = with_tied(read_weights(path), args)
     vocabulary = ChatGLMTokenizer(tokenizer or (path / "tokenizer.model" if path.is_dir() else CHATGLM2))
     if vocabulary.vocab_size > args.vocab_size:
         raise UserError(
@@ -115,6 +121,13 @@ def build(args: ModelArgs, weights: dict[str, Tensor], path: Path) -> Transforme
             f"{path} 的权重与模型形状不符：{str(error).strip().splitlines()[-1].strip()}"
         ) from error
     return model
+
+
+def with_tied(weights: dict[str, Tensor], args: ModelArgs) -> dict[str, Tensor]:
+    """The weights with the tied matrix under both of its names."""
+    if args.tie_embeddings and "tok_embeddings.weight" in weights:
+        return {**weights, "output.weight": weights["tok_embeddings.weight"]}
+    return weights
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -137,7 +150,8 @@ def read_state(folder: Path) -> dict:
     """Optimizer, random state and counters of a checkpoint."""
     path = folder / "training_state.pt"
     try:
-        return torch.load(path, weights_only=True, map_location="cpu")
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        return {name: state[name] for name in ("step", "tokens", "signature", "optimizer", "scaler")}
     except Exception as error:  # torch raises many kinds for a damaged archive
         raise UserError(f"{path} 已损坏或不完整；请删除 {folder} 后再 --resume。") from error
 
@@ -154,17 +168,21 @@ def read_pth(path: Path) -> dict[str, Tensor]:
 
 
 def args_from_weights(weights: dict[str, Tensor], path: Path) -> ModelArgs:
-    """The shape of an original model, read off its weights; the number of heads is that of the preset."""
+    """The shape of an original model, read off its weights; the number of heads is that of the known shapes."""
     try:
         vocab_size, dim = weights["tok_embeddings.weight"].shape
         hidden_dim = weights["layers.0.feed_forward.w1.weight"].shape[0]
         kv_width = weights["layers.0.attention.wk.weight"].shape[0]
         output = weights["output.weight"]
-    except KeyError as error:
-        raise UserError(f"{path} 缺少权重 {error}，不是 Baby-Llama2 / llama2.c 的模型。") from error
-    n_layers = 1 + max(int(k.split(".")[1]) for k in weights if k.startswith("layers."))
-    preset = next((p for p in PRESETS.values() if (p["dim"], p["n_layers"]) == (dim, n_layers)), None)
-    n_heads = preset["n_heads"] if preset else max(1, dim // 64)
+        n_layers = 1 + max(int(k.split(".")[1]) for k in weights if k.startswith("layers."))
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path} 不是 Baby-Llama2 / llama2.c 的模型：缺少或无法理解权重 {error}。") from error
+    if (dim, n_layers) not in KNOWN_HEADS:
+        known = "、".join(f"{d}x{n}" for d, n in KNOWN_HEADS)
+        raise UserError(
+            f"{path} 是宽 {dim}、{n_layers} 层的模型，.pth 里没有记录注意力头数，只认识这些形状：{known}。"
+        )
+    n_heads, max_seq_len = KNOWN_HEADS[dim, n_layers]
     return ModelArgs(
         dim=dim,
         n_layers=n_layers,
@@ -172,6 +190,6 @@ def args_from_weights(weights: dict[str, Tensor], path: Path) -> ModelArgs:
         n_kv_heads=kv_width * n_heads // dim,
         vocab_size=vocab_size,
         hidden_dim=hidden_dim,
-        max_seq_len=preset["max_seq_len"] if preset else 512,
+        max_seq_len=max_seq_len,
         tie_embeddings=torch.equal(output, weights["tok_embeddings.weight"]),
     )

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from stage import ROOT, StageConfig, UserError
+from stage import ROOT, StageConfig, require
 
 
 @dataclass
@@ -22,8 +22,8 @@ class TrainConfig(StageConfig):
     schedule: Literal["cosine", "wsd"] = "cosine"  # 余弦衰减，或先恒定后线性衰减（WSD）
     decay_fraction: float = 0.2  # WSD：最后多大比例的步数用于衰减
     weight_decay: float = 0.1  # 权重衰减（只作用于矩阵）
-    beta1: float = 0.9  # AdamW
-    beta2: float = 0.95  # AdamW
+    beta1: float = 0.9  # AdamW 的一阶动量系数
+    beta2: float = 0.95  # AdamW 的二阶动量系数
     clip: float = 1.0  # 梯度范数裁剪；0 为不裁剪
 
     epochs: float = 1.0  # 训练几遍数据
@@ -36,11 +36,14 @@ class TrainConfig(StageConfig):
 
     def check(self) -> None:
         """Raise UserError for settings that cannot work."""
-        for name in ("lr", "micro_batch", "log_every", "save_every", "keep_last"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"--{name} 必须大于 0，现在是 {getattr(self, name)}。")
-        for name in ("warmup", "epochs", "max_steps", "eval_every", "weight_decay", "clip", "min_lr"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name} 不能小于 0，现在是 {getattr(self, name)}。")
-        if self.min_lr > self.lr:
-            raise UserError(f"--min_lr {self.min_lr} 大于 --lr {self.lr}；最终学习率应不大于最大学习率。")
+        for name in ("lr", "epochs"):
+            require(0 < getattr(self, name) < 1e9, name, getattr(self, name), "必须大于 0")
+        for name in ("micro_batch", "log_every", "save_every", "keep_last"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "至少为 1")
+        for name in ("warmup", "max_steps", "eval_every", "weight_decay", "clip", "min_lr"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "不能小于 0")
+        for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "在 0 与 1 之间")
+        require(0 < self.decay_fraction <= 1, "decay_fraction", self.decay_fraction, "在 0 与 1 之间")
+        require(0 <= self.seed < 2**31, "seed", self.seed, "在 0 与 2147483647 之间")
+        require(self.min_lr <= self.lr, "min_lr", self.min_lr, f"应不大于 --lr {self.lr}")

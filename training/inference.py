@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from chatglm_tokenizer.tokenization_chatglm import ChatGLMTokenizer
-from stage import ROOT, StageConfig, UserError
+from stage import ROOT, StageConfig, require
 from training import checkpoint
 from training.runtime import choose_device
 
@@ -23,16 +23,20 @@ class InferenceConfig(StageConfig):
     seed: int | None = None  # 抽样的随机种子
     INPUT = "model"
 
+    def check(self) -> None:
+        """Raise UserError for settings that cannot work."""
+        require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "至少为 1")
+        is_usable = self.temperature == 0 or 1e-4 <= self.temperature <= 1e4
+        require(is_usable, "temperature", self.temperature, "为 0，或在 0.0001 与 10000 之间")
+        require(
+            0 < self.repetition_penalty < 1e4, "repetition_penalty", self.repetition_penalty, "必须大于 0"
+        )
+        require(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "至少为 1")
+        require(self.top_p is None or 0 < self.top_p <= 1, "top_p", self.top_p, "在 0 与 1 之间")
+        require(self.seed is None or 0 <= self.seed < 2**31, "seed", self.seed, "在 0 与 2147483647 之间")
+
     def sampling(self, tokenizer: ChatGLMTokenizer) -> dict[str, Any]:
         """Arguments of `Transformer.generate`."""
-        if self.temperature < 0 or self.max_new_tokens < 1 or self.repetition_penalty <= 0:
-            raise UserError(
-                "--temperature 不能小于 0，--max_new_tokens 至少为 1，--repetition_penalty 必须大于 0。"
-            )
-        if (self.top_k is not None and self.top_k < 1) or (
-            self.top_p is not None and not 0 < self.top_p <= 1
-        ):
-            raise UserError("--top_k 至少为 1，--top_p 在 0 与 1 之间。")
         return dict(
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,

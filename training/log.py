@@ -4,6 +4,7 @@ import json
 import time
 from pathlib import Path
 
+from stage import atomic_path
 from training.runtime import Runtime
 
 
@@ -39,7 +40,9 @@ class Log:
         )
 
     def evaluation(self, step: int, tokens: int, metrics: dict[str, float]) -> None:
-        """Figures of a validation."""
+        """Figures of a validation, if there are any."""
+        if not metrics:
+            return
         self.write(step=step, tokens=tokens, **metrics)
         self.runtime.print(f"步 {step} 验证 | " + " | ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
 
@@ -67,7 +70,8 @@ class Pause:
 def keep_until(path: Path, step: int) -> None:
     """Drop the records after `step`: a resumed run writes them again, and the old ones would double them."""
     records = [r for r in read_log(path) if r["step"] <= step] if step else []
-    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
 
 
 def read_log(path: Path) -> list[dict]:

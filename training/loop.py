@@ -3,6 +3,7 @@
 import math
 import signal
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
@@ -10,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from model import IGNORE, Transformer
-from stage import UserError
+from stage import UserError, swap
 from training import checkpoint
 from training.config import TrainConfig
 from training.log import Log, draw
 from training.optimizer import learning_rate, make_optimizer
 from training.runtime import Runtime, no_sync
+
+DIVERGED = "请减小 --lr 或加长 --warmup，再用 --resume 从之前的检查点继续。"
 
 
 class Batches(Protocol):
@@ -32,15 +35,17 @@ def train(
     cfg: TrainConfig,
     runtime: Runtime,
     model: Transformer,
-    tokenizer: Path,
+    vocabulary: bytes,
     batches: Batches,
     evaluate: Callable[[Transformer], dict[str, float]],
 ) -> None:
-    """Train until the last step, saving on the way; SIGTERM or Ctrl-C saves and ends early."""
-    cfg.check()
+    """Train until the last step, saving on the way; SIGTERM or Ctrl-C saves and ends early.
+
+    vocabulary: the tokenizer's file, kept with every checkpoint. evaluate: figures of the stage's validation.
+    """
     total = cfg.max_steps or math.ceil(cfg.epochs * batches.steps_per_epoch)
     model.to(runtime.device)
-    run = Run(cfg, runtime, model, tokenizer, batches, total)
+    run = Run(cfg, runtime, model, vocabulary, batches, total)
     run.begin()
     runtime.print(
         f"{runtime.describe()}；参数 {model.num_params() / 1e6:.2f}M；共 {total} 步，"
@@ -51,12 +56,10 @@ def train(
     while run.step < total and not stop.agreed:
         loss, grad_norm, lr = run.train_step(stop)
         if run.step % cfg.log_every == 0 or run.step == total:
-            loss, grad_norm = runtime.sum(loss)[0], float(grad_norm)
+            loss = runtime.sum(loss)[0]
+            log.step(run.step, run.tokens, loss, lr, float(grad_norm))
             if not math.isfinite(loss):
-                raise UserError(
-                    f"第 {run.step} 步的损失不是有限数；请减小 --lr 或加长 --warmup，再 --resume 从检查点继续。"
-                )
-            log.step(run.step, run.tokens, loss, lr, grad_norm)
+                raise UserError(f"第 {run.step} 步的损失不再是有限数；{DIVERGED}")
         with log.pause():
             if run.step % cfg.save_every == 0 or run.step == total or stop.agreed:
                 run.save()
@@ -78,12 +81,12 @@ class Run:
         cfg: TrainConfig,
         runtime: Runtime,
         model: Transformer,
-        tokenizer: Path,
+        vocabulary: bytes,
         batches: Batches,
         total: int,
     ):
         self.cfg, self.runtime, self.model = cfg, runtime, model
-        self.tokenizer, self.batches, self.total = tokenizer, batches, total
+        self.vocabulary, self.batches, self.total = vocabulary, batches, total
         self.optimizer = make_optimizer(model, cfg)
         self.scaler = torch.amp.GradScaler(enabled=runtime.dtype == torch.float16)  # fp16 gradients underflow
         self.step = 0  # steps done
@@ -103,25 +106,40 @@ class Run:
         self.model.train()
 
     def restore(self, found: list[Path]) -> bool:
-        """Take up the newest checkpoint that is whole; False if there is none."""
+        """Take up the newest checkpoint that is whole; False if there is none at all.
+
+        Damaged ones are renamed, so that they neither count as the newest nor displace good ones.
+        """
         for folder in reversed(found):
             try:
-                state, weights = checkpoint.read_state(folder), checkpoint.load(folder).model.state_dict()
+                state, weights = checkpoint.read_state(folder), checkpoint.read_weights(folder)
+                args = checkpoint.read_args(folder)
             except UserError as error:
-                self.runtime.print(f"跳过检查点：{error}")
+                aside = folder.with_name(f"damaged_{folder.name}")
+                self.runtime.print(f"跳过检查点（已改名为 {aside.name}）：{error}")
+                self.runtime.main_first(lambda folder=folder, aside=aside: swap(folder, aside))
                 continue
+            self.check_same(folder, "模型形状", asdict(args), asdict(self.model.args))
             for name, value in self.batches.signature.items():
-                if state["signature"].get(name) != value:
-                    raise UserError(
-                        f"{folder} 是用 {name}={state['signature'].get(name)} 训练的，现在是 {value}："
-                        "续训必须用同样的设置；要换设置请用 --out 开始新的训练。"
-                    )
-            self.model.load_state_dict(weights)
+                self.check_same(folder, name, state["signature"].get(name), value)
+            self.model.load_state_dict(checkpoint.with_tied(weights, args))
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
             self.step, self.tokens = state["step"], state["tokens"]
             return True
+        if found:
+            raise UserError(
+                f"{self.cfg.out} 里的检查点都已损坏；请用 --out 换一个文件夹，或移走它们后从头训练。"
+            )
         return False
+
+    @staticmethod
+    def check_same(folder: Path, name: str, before: object, now: object) -> None:
+        if before != now:
+            raise UserError(
+                f"{folder} 是用 {name}={before} 训练的，现在是 {now}：续训必须用同样的数据和设置；"
+                "要换请用 --out 开始新的训练。"
+            )
 
     def train_step(self, stop: "StopSignal") -> tuple[Tensor, Tensor, float]:
         """One optimizer step; returns this process's share of the loss, the gradient norm, and the rate."""
@@ -158,6 +176,8 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint; the other processes wait for the main one."""
+        if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+            raise UserError(f"第 {self.step} 步的权重不再是有限数，没有保存；{DIVERGED}")
         state = {
             "step": self.step,
             "tokens": self.tokens,
@@ -165,9 +185,9 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
-        cfg = self.cfg
+        cfg, step = self.cfg, self.step
         self.runtime.main_first(
-            lambda: checkpoint.save(cfg.out, self.step, self.model, cfg, self.tokenizer, state, cfg.keep_last)
+            lambda: checkpoint.save(cfg.out, step, self.model, cfg, self.vocabulary, state, cfg.keep_last)
         )
 
 

@@ -53,15 +53,11 @@ class Runtime:
 
     def sum(self, *values: float | Tensor) -> list[float]:
         """Sum numbers over all processes."""
-        total = torch.stack([torch.as_tensor(v, dtype=torch.float64).cpu() for v in values])
+        total = torch.stack([torch.as_tensor(v).detach().cpu().double() for v in values])
         if self.world > 1:
-            total = total.to(self.device)
+            total = total.cuda() if self.device.type == "cuda" else total
             dist.all_reduce(total)
         return total.tolist()
-
-    def barrier(self) -> None:
-        if self.world > 1:
-            dist.barrier()
 
     def main_first(self, function: Callable[[], object]) -> None:
         """Run something in the main process while the others wait; its error ends them all."""
@@ -69,7 +65,7 @@ class Runtime:
         if self.is_main:
             try:
                 function()
-            except UserError as raised:
+            except (UserError, OSError) as raised:
                 error = raised
         failed = self.sum(error is not None)[0]
         if error is not None:
@@ -82,7 +78,9 @@ class Runtime:
         wrapped = torch.compile(model) if compile_it else model
         if self.world > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
-            wrapped = DistributedDataParallel(wrapped, device_ids=ids)
+            wrapped = DistributedDataParallel(
+                wrapped, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
         return wrapped
 
     def peak_flops(self) -> float | None:
@@ -100,6 +98,11 @@ class Runtime:
         return f"{self.device.type}（{name}），{str(self.dtype).removeprefix('torch.')}，{self.world} 个进程"
 
 
+def is_first_process() -> bool:
+    """Whether this is the only process or the first of several; known before they have found each other."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def start(device: str = "auto", precision: str = "auto", seed: int = 0) -> Iterator[Runtime]:
     """Set up this process (and, under torchrun, the process group) and take it down at the end."""
@@ -111,11 +114,9 @@ def start(device: str = "auto", precision: str = "auto", seed: int = 0) -> Itera
     if world > 1:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     torch.manual_seed(seed)
-    try:
-        yield Runtime(chosen, choose_dtype(chosen, precision), rank, world)
-    finally:
-        if world > 1:
-            dist.destroy_process_group()
+    yield Runtime(chosen, choose_dtype(chosen, precision), rank, world)
+    if world > 1:  # after an error the others may never come to this call: then the process just ends
+        dist.destroy_process_group()
 
 
 def choose_device(name: str) -> torch.device:
@@ -125,9 +126,12 @@ def choose_device(name: str) -> torch.device:
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if not available[name]:
         raise UserError(f"这台机器上没有可用的 {name}；请去掉 --device 或用 --device cpu。")
-    return (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
-    )
+    if name != "cuda":
+        return torch.device(name)
+    index = int(os.environ.get("LOCAL_RANK", 0))
+    if index >= torch.cuda.device_count():
+        raise UserError(f"这台机器只有 {torch.cuda.device_count()} 块显卡；请减小 --nproc_per_node。")
+    return torch.device("cuda", index)
 
 
 def choose_dtype(device: torch.device, precision: str) -> torch.dtype:

@@ -69,6 +69,15 @@ def test_processes_share_the_global_batch_whatever_their_number(two_files) -> No
     assert len({tuple(epoch) for epoch in firsts}) == 4
 
 
+def test_a_process_without_samples_takes_part_but_learns_nothing(csv, vocabulary) -> None:
+    samples = read_samples(csv, ChatGLMTokenizer(vocabulary), 64, SetAside())[:3]
+    parts = [SftBatches(samples, 8, 8, rank, 4, seed=0).step(0) for rank in range(4)]
+    assert all(len(p) == 1 for p in parts)
+    answers = [int((y != IGNORE).sum()) for p in parts for _, y in p]
+    assert answers[3] == 0
+    assert sum(answers) == sum(int(s.bears_loss.sum()) for s in samples)
+
+
 def test_bad_token_files_are_clear_errors(tmp_path, vocabulary) -> None:
     tokenizer = ChatGLMTokenizer(vocabulary)
     path = tmp_path / "x.bin"
@@ -82,6 +91,10 @@ def test_bad_token_files_are_clear_errors(tmp_path, vocabulary) -> None:
     path.with_suffix(".json").write_text(json.dumps({"tokenizer": {"sha256": "0" * 64, "path": "other"}}))
     with pytest.raises(UserError, match="other"):
         TokenWindows([path], 10, tokenizer)
+    for content in ("[]", "{", '{"dtype": "float32"}', '{"tokenizer": null}'):
+        path.with_suffix(".json").write_text(content)
+        with pytest.raises(UserError, match=r"x\.json"):
+            TokenWindows([path], 10, tokenizer)
     with pytest.raises(UserError, match=r"data_process\.py"):
         TokenWindows([tmp_path / "none.bin"], 10, tokenizer)
 

@@ -143,6 +143,14 @@ def test_generation_ends_at_the_context_and_crops_long_prompts() -> None:
         model.generate([[]], 4)
 
 
+def test_a_row_gets_as_much_room_beside_a_longer_one_as_alone() -> None:
+    model = random_model()
+    short, long = [5, 6], list(range(1, 41))
+    together = model.generate([short, long], 50, temperature=0)
+    assert together == [model.generate([p], 50, temperature=0)[0] for p in (short, long)]
+    assert [len(row) for row in together] == [50, 24]  # 40 + 24 fill the context of 64
+
+
 def test_sampling_is_reproducible_and_obeys_top_k_and_top_p() -> None:
     model = random_model()
     options = dict(temperature=0.9, top_k=10, top_p=0.9, repetition_penalty=1.2, seed=7)
@@ -196,3 +204,6 @@ def test_impossible_shapes_are_refused() -> None:
     for shape in (dict(dim=65, n_heads=4), dict(n_heads=4, n_kv_heads=3), dict(dim=12, n_heads=4)):
         with pytest.raises(ValueError, match="n_heads"):
             ModelArgs(**shape)
+    for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len", "vocab_size"):
+        with pytest.raises(ValueError, match="at least 1"):
+            ModelArgs(**{name: 0})

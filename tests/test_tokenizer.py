@@ -101,6 +101,10 @@ def test_chat_format_and_loss_mask(tokenizer: ChatGLMTokenizer) -> None:
     assert encode_prompt(dialogue("问一", "答一", "问二"), tokenizer, 999) == [
         *e("问一"), 1, *e("答一"), 2, *e("问二"), 1,
     ]  # fmt: skip
+    # An empty answer is an answer, and ends as such.
+    assert encode_prompt(dialogue("问一", "", "问二"), tokenizer, 999) == [
+        *e("问一"), 1, 2, *e("问二"), 1,
+    ]  # fmt: skip
     with pytest.raises(ValueError, match="alternate"):
         encode_chat(dialogue("问")[:1] * 2, tokenizer, 99)
 

@@ -1,6 +1,7 @@
 """Pretraining, fine-tuning and evaluation through their command lines: resume, processes, bad input."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -133,6 +134,21 @@ def test_resume_skips_a_damaged_checkpoint(tokens, unbroken, tmp_path) -> None:
         (newest / name).write_bytes(content[: len(content) // 2])
         assert name in script("pretrain.py", *options, "--resume").stdout
         assert losses(out) == losses(unbroken)
+        assert (out / f"damaged_{newest.name}").is_dir()
+    for folder in checkpoint.list_steps(out):  # none is whole: say so instead of starting from nothing
+        (folder / "training_state.pt").write_bytes(b"")
+    assert "都已损坏" in script("pretrain.py", *options, "--resume", ok=False).stderr
+
+
+def test_a_run_that_diverges_stops_and_keeps_the_last_good_checkpoint(tokens, tmp_path) -> None:
+    out = tmp_path / "diverged"
+    options = arguments(tokens, out, "--max_steps", 40, "--save_every", 5, "--keep_last", 1)
+    script("pretrain.py", *options[:-6], "--max_steps", 5, "--save_every", 5)
+    wild = [*options, "--clip", 0, "--resume"]
+    wild[wild.index("--lr") + 1] = 1e30
+    assert "--lr" in script("pretrain.py", *wild, ok=False).stderr
+    (kept,) = checkpoint.list_steps(out)
+    assert all(v.isfinite().all() for v in checkpoint.read_weights(kept).values())
 
 
 def test_an_existing_run_is_not_overwritten_and_settings_must_match(tokens, unbroken) -> None:
@@ -141,6 +157,9 @@ def test_an_existing_run_is_not_overwritten_and_settings_must_match(tokens, unbr
     other = arguments(tokens, unbroken, "--max_steps", 60, "--resume")
     other[other.index("--batch_tokens") + 1] = 1024
     assert "batch_tokens" in script("pretrain.py", *other, ok=False).stderr
+    wider = arguments(tokens, unbroken, "--max_steps", 60, "--resume")
+    wider[wider.index("--dim") + 1] = 64
+    assert "模型形状" in script("pretrain.py", *wider, ok=False).stderr
 
 
 def test_wrong_input_to_pretraining_is_one_clear_line(tokens, vocabulary, tmp_path) -> None:
@@ -152,6 +171,12 @@ def test_wrong_input_to_pretraining_is_one_clear_line(tokens, vocabulary, tmp_pa
         ([*arguments(tokens, tmp_path / "o"), "--n_heads", 5], "n_heads"),
         ([*arguments(tokens, tmp_path / "o"), "--lr", -1], "--lr"),
         ([*arguments(tokens, tmp_path / "o"), "--precision", "fp16"], "fp16"),
+        ([*arguments(tokens, tmp_path / "o"), "--max_seq_len", 0], "at least 1"),
+        ([*arguments(tokens, tmp_path / "o"), "--seed", -1], "--seed"),
+        ([*arguments(tokens, tmp_path / "o"), "--epochs", "nan"], "--epochs"),
+        ([*arguments(tokens, tmp_path / "o"), "--batch_tokens", 0], "--batch_tokens"),
+        (arguments(tokens, odd), "odd.bin"),
+        (["--demo", *arguments(tmp_path / "none.bin", tmp_path / "o")], "none.bin"),
     ):
         failed = script("pretrain.py", *options, ok=False)
         assert word in failed.stderr
@@ -248,6 +273,30 @@ def test_damaged_checkpoints_are_one_clear_line(tuned, vocabulary, tmp_path) -> 
             assert len(failed.stderr.strip().splitlines()) == 1, failed.stderr
 
 
+def test_a_pth_of_unknown_shape_is_refused_because_its_heads_are_unknown(vocabulary, tmp_path) -> None:
+    model = Transformer(ModelArgs(dim=96, n_layers=2, n_heads=3, vocab_size=2500))
+    torch.save(model.state_dict(), tmp_path / "odd.pth")
+    failed = script("eval.py", "--model", tmp_path / "odd.pth", "--tokenizer", vocabulary, ok=False)
+    assert "注意力头数" in failed.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir() or os.getuid() != 0, reason="needs root to mount a tmpfs")
+def test_a_full_disk_keeps_the_old_checkpoint_and_says_so(tokens, tmp_path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk]).returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    try:
+        options = arguments(tokens, disk / "out", "--max_steps", 40, "--save_every", 2, "--keep_last", 9)
+        assert "无法写入检查点" in script("pretrain.py", *options, ok=False).stderr
+        kept = checkpoint.list_steps(disk / "out")
+        assert kept
+        assert checkpoint.load(kept[-1]).model.num_params() > 0
+        assert not [f for f in (disk / "out").iterdir() if ".tmp" in f.name]
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
 def test_a_pickle_with_code_is_not_run(tmp_path) -> None:
     class Evil:
         def __reduce__(self):
@@ -301,6 +350,17 @@ def test_eval_answers_scores_and_saves(tuned, tmp_path) -> None:
         "eval.py", "--model", tuned / "out", "--file", tmp_path / "plain.txt", "--max_new_tokens", 4
     )
     assert plain.stdout.count("问：") == 2
+
+
+def test_text_that_is_not_text_is_one_clear_line(tuned, tmp_path) -> None:
+    for options in (["--questions", b"\xff\xfe".decode("utf-8", "surrogateescape")],):
+        failed = script("eval.py", "--model", tuned / "out", *options, ok=False)
+        assert "surrogate" in failed.stderr
+    (tmp_path / "gbk.txt").write_bytes("这是一个问题，用的是国标编码\n第二个问题也是\n".encode("gbk"))
+    failed = script("eval.py", "--model", tuned / "out", "--file", tmp_path / "gbk.txt", ok=False)
+    assert "GBK" in failed.stdout
+    (tmp_path / "log.txt").write_text("[INFO] data here\n[INFO] data\n", encoding="utf-8")
+    script("sft_data_process.py", "--data", tmp_path / "log.txt", "--out", tmp_path / "x.csv", ok=False)
 
 
 def test_chat_keeps_history_and_obeys_commands(tuned) -> None:

@@ -26,8 +26,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-# OpenMP threads that spin at barriers make a training step on two cores 2 to 5 times slower as soon as anything
-# else runs, and gain 4 % when nothing does (docs/LOG.md). libgomp reads this when torch is first imported.
+# OpenMP threads that spin at barriers make a training step on two cores 1.3 to 5 times slower as soon as anything
+# else runs, and gain 5 % when nothing does (docs/LOG.md). libgomp reads this when torch is first imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 ROOT = Path(__file__).resolve().parent

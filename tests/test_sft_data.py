@@ -26,6 +26,11 @@ QUESTION, ANSWER = "请问中国的首都是哪一座城市？", "中国的首�
 USER_ASSISTANT = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]
 
 
+def read_csv(path, aside):
+    """The usable rows without their numbers, which only messages need."""
+    return [{k: v for k, v in row.items() if k != "row"} for row in read_sft_csv(path, aside)]
+
+
 @pytest.mark.parametrize(
     "row",
     [
@@ -44,11 +49,6 @@ USER_ASSISTANT = [{"role": "user", "content": "问"}, {"role": "assistant", "con
         {"data": ["问：问", "答：答"]},
     ],
 )
-def read_csv(path, aside):
-    """The usable rows without their numbers, which only messages need."""
-    return [{k: v for k, v in row.items() if k != "row"} for row in read_sft_csv(path, aside)]
-
-
 def test_instruction_formats(row):
     assert to_messages(row) == {"messages": USER_ASSISTANT}
 

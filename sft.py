@@ -26,6 +26,7 @@ class Config(TrainConfig):
     data: Path = ROOT / "sft_data" / "sft_data.csv"  # 指令数据
     init: Path = ROOT / "out" / "pretrain"  # 从哪里开始：检查点文件夹，或原项目的 .pth
     tokenizer: Path | None = None  # 词表；默认用检查点里的（.pth 默认用 ChatGLM2 词表）
+    n_heads: int | None = None  # 原项目 .pth 的注意力头数；公布过的规模不必填
     out: Path = ROOT / "out" / "sft"  # 检查点、日志与曲线保存到哪里
     valid_fraction: float = 0.01  # 留作验证的样本比例
 
@@ -54,6 +55,7 @@ class Config(TrainConfig):
 
     def check(self) -> None:
         super().check()
+        require(self.n_heads is None or self.n_heads >= 1, "n_heads", self.n_heads, "至少为 1")
         require(self.batch >= 1, "batch", self.batch, "至少为 1")
         require(0 <= self.valid_fraction < 1, "valid_fraction", self.valid_fraction, "不小于 0 且小于 1")
 
@@ -68,7 +70,7 @@ def main(cfg: Config) -> None:
                 f"找不到预训练模型 {cfg.init}；请先运行 python pretrain.py，"
                 "或用 --init 指定检查点文件夹或原项目的 .pth 文件。"
             )
-        start = checkpoint.load(cfg.init, tokenizer=cfg.tokenizer)
+        start = checkpoint.load(cfg.init, tokenizer=cfg.tokenizer, n_heads=cfg.n_heads)
         runtime.print(f"从 {start.path} 开始。")
         training, validation = load_data(cfg, start.tokenizer, start.model.args.max_seq_len, runtime)
         batches = SftBatches(training, cfg.batch, cfg.micro_batch, runtime.rank, runtime.world, cfg.seed)

@@ -273,11 +273,15 @@ def test_damaged_checkpoints_are_one_clear_line(tuned, vocabulary, tmp_path) -> 
             assert len(failed.stderr.strip().splitlines()) == 1, failed.stderr
 
 
-def test_a_pth_of_unknown_shape_is_refused_because_its_heads_are_unknown(vocabulary, tmp_path) -> None:
-    model = Transformer(ModelArgs(dim=96, n_layers=2, n_heads=3, vocab_size=2500))
+def test_a_pth_of_unknown_shape_needs_its_number_of_heads(vocabulary, tmp_path) -> None:
+    model = Transformer(ModelArgs(dim=96, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=2500)).eval()
     torch.save(model.state_dict(), tmp_path / "odd.pth")
     failed = script("eval.py", "--model", tmp_path / "odd.pth", "--tokenizer", vocabulary, ok=False)
-    assert "注意力头数" in failed.stderr
+    assert "--n_heads" in failed.stderr
+    loaded = checkpoint.load(tmp_path / "odd.pth", tokenizer=vocabulary, n_heads=6).model.eval()
+    assert loaded.args == model.args
+    tokens = torch.randint(0, 2500, (2, 30))
+    torch.testing.assert_close(loaded(tokens), model(tokens), atol=0, rtol=0)
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir() or os.getuid() != 0, reason="needs root to mount a tmpfs")

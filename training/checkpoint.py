@@ -90,15 +90,21 @@ def find(path: Path) -> Path:
     return steps[-1]
 
 
-def load(path: Path, device: torch.device | str = "cpu", tokenizer: Path | None = None) -> Checkpoint:
+def load(
+    path: Path,
+    device: torch.device | str = "cpu",
+    tokenizer: Path | None = None,
+    n_heads: int | None = None,
+) -> Checkpoint:
     """Load a model with its vocabulary from a step folder, a run's folder, or an original .pth.
 
     tokenizer: overrides the checkpoint's (a .pth has none; by default the ChatGLM2 vocabulary).
+    n_heads: of a .pth whose shape is not one of the known ones.
     """
     path = find(path)
     if path.is_file():
         weights = read_pth(path)
-        args = args_from_weights(weights, path)
+        args = args_from_weights(weights, path, n_heads)
     else:
         args = read_args(path)
         weights = with_tied(read_weights(path), args)
@@ -167,8 +173,8 @@ def read_pth(path: Path) -> dict[str, Tensor]:
     return {k: v.float() for k, v in weights.items()}
 
 
-def args_from_weights(weights: dict[str, Tensor], path: Path) -> ModelArgs:
-    """The shape of an original model, read off its weights; the number of heads is that of the known shapes."""
+def args_from_weights(weights: dict[str, Tensor], path: Path, n_heads: int | None = None) -> ModelArgs:
+    """The shape of an original model, read off its weights; the heads are those of the known shapes."""
     try:
         vocab_size, dim = weights["tok_embeddings.weight"].shape
         hidden_dim = weights["layers.0.feed_forward.w1.weight"].shape[0]
@@ -177,12 +183,10 @@ def args_from_weights(weights: dict[str, Tensor], path: Path) -> ModelArgs:
         n_layers = 1 + max(int(k.split(".")[1]) for k in weights if k.startswith("layers."))
     except (KeyError, ValueError) as error:
         raise UserError(f"{path} 不是 Baby-Llama2 / llama2.c 的模型：缺少或无法理解权重 {error}。") from error
-    if (dim, n_layers) not in KNOWN_HEADS:
-        known = "、".join(f"{d}x{n}" for d, n in KNOWN_HEADS)
-        raise UserError(
-            f"{path} 是宽 {dim}、{n_layers} 层的模型，.pth 里没有记录注意力头数，只认识这些形状：{known}。"
-        )
-    n_heads, max_seq_len = KNOWN_HEADS[dim, n_layers]
+    heads, max_seq_len = KNOWN_HEADS.get((dim, n_layers), (None, 512))
+    n_heads = n_heads or heads
+    if not n_heads or dim % n_heads or kv_width * n_heads % dim:
+        raise UserError(f"{path} 没有记录注意力头数（宽 {dim}、{n_layers} 层）；请用 --n_heads 指明。")
     return ModelArgs(
         dim=dim,
         n_layers=n_layers,

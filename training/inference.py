@@ -14,6 +14,7 @@ from training.runtime import choose_device
 class InferenceConfig(StageConfig):
     model: Path = ROOT / "out"  # 检查点文件夹（取其中最新的），或原项目的 .pth
     tokenizer: Path | None = None  # 词表；默认用检查点里的（.pth 默认用 ChatGLM2 词表）
+    n_heads: int | None = None  # 原项目 .pth 的注意力头数；公布过的规模不必填
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # 设备；auto 有显卡就用显卡
     max_new_tokens: int = 128  # 最多生成多少 token
     temperature: float = 0.0  # 0 总取最可能的 token；越大越随机
@@ -25,6 +26,7 @@ class InferenceConfig(StageConfig):
 
     def check(self) -> None:
         """Raise UserError for settings that cannot work."""
+        require(self.n_heads is None or self.n_heads >= 1, "n_heads", self.n_heads, "至少为 1")
         require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "至少为 1")
         is_usable = self.temperature == 0 or 1e-4 <= self.temperature <= 1e4
         require(is_usable, "temperature", self.temperature, "为 0，或在 0.0001 与 10000 之间")
@@ -49,7 +51,7 @@ class InferenceConfig(StageConfig):
 
     def load(self) -> checkpoint.Checkpoint:
         """The model, ready to generate, with its vocabulary."""
-        loaded = checkpoint.load(self.model, choose_device(self.device), self.tokenizer)
+        loaded = checkpoint.load(self.model, choose_device(self.device), self.tokenizer, self.n_heads)
         loaded.model.eval()
         print(f"模型：{loaded.path}（参数 {loaded.model.num_params() / 1e6:.2f}M）", flush=True)
         return loaded

@@ -85,8 +85,15 @@ class SftBatches:
         self.samples, self.batch, self.micro_batch = samples, batch, micro_batch
         self.rank, self.world, self.seed = rank, world, seed
         self.steps_per_epoch = -(-len(samples) // batch)
-        content = hashlib.sha256(b"".join(sample.ids.tobytes() for sample in samples)).hexdigest()
-        self.signature = {"batch": batch, "samples": len(samples), "seed": seed, "content": content}
+        content = hashlib.sha256()
+        for sample in samples:
+            content.update(sample.ids)
+        self.signature = {
+            "batch": batch,
+            "samples": len(samples),
+            "seed": seed,
+            "content": content.hexdigest(),
+        }
         self.epoch, self.order = -1, []
 
     def step(self, step: int) -> list[tuple[Tensor, Tensor]]:

@@ -207,10 +207,8 @@ class Transformer(nn.Module):
         rope, mask = self.rope[None, :T], None  # (1, T, D/2, 2)
         if cache is not None:
             positions = torch.arange(start, start + T, device=tokens.device) - cache.pad[:, None]  # (B, T)
-            rope, mask = (
-                self.rope[positions.clamp(0, limit - 1)],
-                cache.mask(T),
-            )  # (B, T, D/2, 2), (B, 1, T, S)
+            rope = self.rope[positions.clamp(0, limit - 1)]  # (B, T, D/2, 2)
+            mask = cache.mask(T)  # (B, 1, T, S)
         x = self.dropout(self.tok_embeddings(tokens))  # (B, T, C)
         for layer in self.layers:
             x = layer(x, rope, cache, mask)
@@ -268,7 +266,7 @@ class Transformer(nn.Module):
         tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)  # (B, T)
         real = torch.arange(longest, device=device) >= pad[:, None]  # (B, T), False at padding
         rng = None if seed is None else torch.Generator(device).manual_seed(seed)
-        size = min(longest + max_new_tokens, limit + int(pad.max()))
+        size = min(longest + max_new_tokens, limit + longest - min(map(len, prompts)))
         cache = KVCache(pad, size)
         stopped = torch.zeros(len(prompts), dtype=torch.bool, device=device)
         stop = torch.tensor(list(stop_ids), dtype=torch.long, device=device)

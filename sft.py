@@ -65,11 +65,6 @@ def main(cfg: Config) -> None:
         need(cfg.data, "sft_data_process.py", cfg)
         need(cfg.init, "pretrain.py", cfg)
     with rt.start(cfg.device, cfg.precision, cfg.seed) as runtime:
-        if not cfg.init.exists():
-            raise UserError(
-                f"找不到预训练模型 {cfg.init}；请先运行 python pretrain.py，"
-                "或用 --init 指定检查点文件夹或原项目的 .pth 文件。"
-            )
         start = checkpoint.load(cfg.init, tokenizer=cfg.tokenizer, n_heads=cfg.n_heads)
         runtime.print(f"从 {start.path} 开始。")
         training, validation = load_data(cfg, start.tokenizer, start.model.args.max_seq_len, runtime)

@@ -69,12 +69,12 @@ def parse(config_class: type[StageConfig], argv: list[str] | None = None) -> Sta
     if "--demo" in argv:
         defaults = replace(defaults, demo=True, **config_class.DEMO)
     cfg = tyro.cli(config_class, default=defaults, args=argv, use_underscores=True)
-    cfg.check()
     name = config_class.INPUT
     may_fall_back = name and not cfg.demo and not {"--no_demo", "--no-demo"} & set(argv)
     if may_fall_back and getattr(cfg, name) == getattr(defaults, name) and not cfg.has_input():
         print("默认的输入还不存在，改用内置演示（等同于 --demo）。", flush=True)
         return parse(config_class, ["--demo", *argv])
+    cfg.check()
     return cfg
 
 
@@ -154,10 +154,11 @@ def remove(path: Path) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raise an OSError or UserError now if `path` could not be written at the end of a long run."""
-    with atomic_path(path.with_name(f".{path.name}.check")) as temporary:
-        temporary.touch()
-    path.with_name(f".{path.name}.check").unlink()
+    """Raise an OSError now if `path` could not be written at the end of a long run."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    probe = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    probe.touch()
+    probe.unlink()
 
 
 def sidecar_path(path: Path) -> Path:

@@ -6,7 +6,6 @@ normalisation, so decoding gives the text back), and ChatGLM2's ids: unk/pad 0, 
 
 import heapq
 import io
-import json
 import os
 import random
 import re
@@ -19,6 +18,7 @@ import sentencepiece
 from chatglm_tokenizer.tokenization_chatglm import CHATGLM2, ChatGLMTokenizer
 from sources.aside import SetAside
 from sources.pretrain_text import read_documents
+from sources.report import write_json
 from stage import DEMO_DIR, ROOT, StageConfig, UserError, atomic_path, need, require, run_stage, sidecar_path
 
 HELD_OUT_EVERY = 50  # one document in so many measures the compression and is not trained on
@@ -45,18 +45,10 @@ class Config(StageConfig):
         sidecar_path(self.out)
         require(self.sample_characters > 0, "sample_characters", self.sample_characters, "必须大于 0")
         require(
-            self.vocab_size > 300,
-            "vocab_size",
-            self.vocab_size,
-            "必须大于 300（256 个字节、特殊符号和常用字）",
+            self.vocab_size > 300, "vocab_size", self.vocab_size, "必须大于 300（字节、特殊符号和常用字）"
         )
-        coverage = self.character_coverage
-        require(
-            LOWEST_COVERAGE <= coverage <= 1,
-            "character_coverage",
-            coverage,
-            f"在 {LOWEST_COVERAGE} 与 1 之间",
-        )
+        coverage, range_ = self.character_coverage, f"在 {LOWEST_COVERAGE} 与 1 之间"
+        require(LOWEST_COVERAGE <= coverage <= 1, "character_coverage", coverage, range_)
 
 
 def main(cfg: Config) -> None:
@@ -68,8 +60,7 @@ def main(cfg: Config) -> None:
     report = compression(cfg.out, cfg.compare, corpus.held_out or corpus.first)
     print("没有参与训练的文本上的压缩率：" if corpus.held_out else "语料太少，只能给出训练文本上的压缩率：")
     print_report(report)
-    with atomic_path(sidecar_path(cfg.out)) as temporary:
-        temporary.write_text(json.dumps(report, ensure_ascii=False, indent=2), encoding="utf-8")
+    write_json(sidecar_path(cfg.out), report)
 
 
 class Corpus:
@@ -81,9 +72,8 @@ class Corpus:
         self.held_out: list[str] = []  # documents that the vocabulary was not trained on
 
     def lines(self) -> Iterator[str]:
-        """The documents that train, line by line; starts anew at every call."""
-        self.first, self.held_out, characters = [], [], 0
-        aside = SetAside()
+        """The documents that train, line by line."""
+        aside, characters = SetAside(), 0
         for number, document in enumerate(read_documents(self.data, aside), 1):
             if number % HELD_OUT_EVERY == 0 and characters < HELD_OUT_CHARACTERS:
                 self.held_out.append(document.text[:HELD_OUT_CHARACTERS])
@@ -102,14 +92,15 @@ def train(cfg: Config, corpus: Corpus) -> bytes:
     A small vocabulary has no room for every rare character of a large corpus: the coverage is then lowered,
     and the characters left out are spelt in bytes.
     """
+    lines = sample(corpus.lines(), cfg.sample_characters, cfg.seed)
+    if not lines:
+        raise UserError(f"{cfg.data} 里没有可用的文本。")
     lower = [c for c in (0.999, 0.998, 0.995, 0.99, LOWEST_COVERAGE) if c < cfg.character_coverage]
     for coverage in [cfg.character_coverage, *lower]:
         try:
-            return run_trainer(cfg, coverage, corpus)
+            return run_trainer(cfg, coverage, lines)
         except RuntimeError as error:
             message = str(error).splitlines()[-1]
-            if not corpus.first:
-                raise UserError(f"{cfg.data} 里没有可用的文本。") from error
             if "too high" in message:
                 raise UserError(
                     f"语料太少，凑不出 {cfg.vocab_size} 个条目：请减小 --vocab_size，或增加语料。"
@@ -124,11 +115,11 @@ def train(cfg: Config, corpus: Corpus) -> bytes:
     raise UserError(f"--vocab_size {cfg.vocab_size} 太小；请用至少 {needed[1]}，最好是它的两倍。")
 
 
-def run_trainer(cfg: Config, coverage: float, corpus: Corpus) -> bytes:
+def run_trainer(cfg: Config, coverage: float, lines: list[str]) -> bytes:
     """Run SentencePiece's trainer; raises its RuntimeError."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sample(corpus.lines(), cfg.sample_characters, cfg.seed)),
+        sentence_iterator=iter(lines),
         model_writer=model,
         model_type="bpe",
         vocab_size=cfg.vocab_size,

@@ -64,9 +64,8 @@ def main(cfg: Config) -> None:
 def run_variant(cfg: Config, variant: dict) -> float:
     """Milliseconds of a step of one variant, in a process of its own."""
     environment = dict(os.environ)
-    environment["GOMP_SPINCOUNT"] = (
-        "300000" if variant.pop("spin", False) else "0"
-    )  # libgomp's default, or none
+    spins = 300_000 if variant.pop("spin", False) else 0  # libgomp's default, or none
+    environment["GOMP_SPINCOUNT"] = str(spins)
     neighbour = multiprocessing.Process(target=spin_forever, daemon=True)
     if variant.pop("neighbour", False):
         neighbour.start()

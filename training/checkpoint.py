@@ -24,6 +24,8 @@ from torch import Tensor
 
 from chatglm_tokenizer.tokenization_chatglm import CHATGLM2, ChatGLMTokenizer
 from model import PRESETS, ModelArgs, Transformer
+from sources.report import settings as as_json
+from sources.report import write_json
 from stage import UserError, atomic_path
 
 FILES = ("model.safetensors", "config.json", "train_config.json", "tokenizer.model", "training_state.pt")
@@ -57,7 +59,7 @@ def save(
             temporary.mkdir()
             save_file(weights, temporary / "model.safetensors")
             write_json(temporary / "config.json", asdict(model.args))
-            write_json(temporary / "train_config.json", asdict(settings))
+            write_json(temporary / "train_config.json", as_json(settings))
             (temporary / "tokenizer.model").write_bytes(vocabulary)
             torch.save(state, temporary / "training_state.pt")
     except (RuntimeError, SafetensorError, OSError) as error:  # what a full disk looks like from below
@@ -66,10 +68,6 @@ def save(
     for old in list_steps(out)[:-keep]:
         shutil.rmtree(old)
     return final
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=2, default=str), encoding="utf-8")
 
 
 def list_steps(out: Path) -> list[Path]:
@@ -83,7 +81,9 @@ def find(path: Path) -> Path:
     if path.is_file() or (path / "model.safetensors").is_file():
         return path
     if not path.exists():
-        raise UserError(f"找不到检查点 {path}；请先训练（python pretrain.py），或检查路径。")
+        raise UserError(
+            f"找不到检查点 {path}；请先运行 python pretrain.py，或指定检查点文件夹、原项目的 .pth 文件。"
+        )
     steps = list_steps(path)
     if not steps:
         raise UserError(f"{path} 里没有完整的检查点（step_XXXXXXXX 文件夹）。")

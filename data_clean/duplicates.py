@@ -178,7 +178,7 @@ def choose(corpus: Corpus, parent: np.ndarray, rank: Callable[[str], int]) -> Cl
 
 
 @njit(cache=True, nogil=True)
-def find(parent, number):  # noqa: ANN001, ANN202
+def find(parent, number):
     while parent[number] != number:
         parent[number] = parent[parent[number]]
         number = parent[number]
@@ -186,7 +186,7 @@ def find(parent, number):  # noqa: ANN001, ANN202
 
 
 @njit(cache=True, nogil=True)
-def unite(parent, left, right):  # noqa: ANN001, ANN202
+def unite(parent, left, right):
     """Join the clusters of left[i] and right[i]; the lowest number is the root, in whatever order they come."""
     for i in range(len(left)):
         a, b = find(parent, left[i]), find(parent, right[i])
@@ -194,7 +194,7 @@ def unite(parent, left, right):  # noqa: ANN001, ANN202
 
 
 @njit(cache=True, nogil=True)
-def flatten(parent):  # noqa: ANN001, ANN202
+def flatten(parent):
     """The root of every document."""
     for number in range(len(parent)):  # a root comes before all that it stands for
         parent[number] = parent[parent[number]]
@@ -202,7 +202,7 @@ def flatten(parent):  # noqa: ANN001, ANN202
 
 
 @njit(cache=True, nogil=True)
-def candidates(begins, next_one, members, parent, low_bytes, least_equal):  # noqa: ANN001, ANN202
+def candidates(begins, next_one, members, parent, low_bytes, least_equal):
     """For every member the next one before it in its bucket that may be its duplicate and is not yet known as one.
 
     next_one: (m,) where to look next, lowered here. Returns positions of pairs.
@@ -227,7 +227,7 @@ def candidates(begins, next_one, members, parent, low_bytes, least_equal):  # no
 
 
 @njit(cache=True, nogil=True)
-def unite_close(begins, members, parent, fingerprints, distance):  # noqa: ANN001, ANN202
+def unite_close(begins, members, parent, fingerprints, distance):
     """Join the members of a bucket whose fingerprints differ in at most `distance` bits."""
     for i in range(len(begins)):
         for j in range(max(begins[i], i - MOST_COMPARED), i):

@@ -15,7 +15,7 @@ def similarities(keys: Keys, pairs: np.ndarray, ngram: int) -> np.ndarray:
 
 
 @njit(cache=True, nogil=True)
-def _similarities(codes, starts, pairs, ngram):  # noqa: ANN001, ANN202
+def _similarities(codes, starts, pairs, ngram):
     longest = (starts[1:] - starts[:-1]).max()
     size = 1
     while size < 4 * longest + 4:
@@ -39,7 +39,7 @@ def _similarities(codes, starts, pairs, ngram):  # noqa: ANN001, ANN202
 
 
 @njit(cache=True, nogil=True)
-def _enter(codes, first, end, ngram, table, marks, mark):  # noqa: ANN001, ANN202
+def _enter(codes, first, end, ngram, table, marks, mark):
     """Enter the n-grams of a key into a hash table and mark them; returns how many were not there before."""
     size = min(ngram, end - first)
     new = 0

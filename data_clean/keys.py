@@ -112,7 +112,7 @@ def _composing() -> set[str]:
 
 
 @njit(cache=True, nogil=True)
-def _map(data, starts, table, expansions):  # noqa: ANN001, ANN202
+def _map(data, starts, table, expansions):
     """Decode UTF-8 and look every code point up; returns codes, their starts, and which texts need care."""
     codes = np.empty(len(data), np.uint32)
     new_starts = np.zeros(len(starts), np.int64)

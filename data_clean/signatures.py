@@ -89,7 +89,7 @@ def simhash(keys: Keys, settings: Settings) -> np.ndarray:
 
 
 @njit(cache=True, nogil=True)
-def gram_hashes(codes, first, end, ngram, out):  # noqa: ANN001, ANN202
+def gram_hashes(codes, first, end, ngram, out):
     """Hash every n-gram of codes[first:end] (a shorter text is one n-gram) into out; returns how many."""
     size = min(ngram, end - first)
     count = end - first - size + 1 if size > 0 else 0
@@ -107,7 +107,7 @@ def gram_hashes(codes, first, end, ngram, out):  # noqa: ANN001, ANN202
 
 
 @njit(cache=True, nogil=True)
-def _minhash(codes, starts, ngram, factors, shifts, bands):  # noqa: ANN001, ANN202
+def _minhash(codes, starts, ngram, factors, shifts, bands):
     n, num_perm = len(starts) - 1, len(factors)
     band_keys = np.zeros((n, bands), np.uint64)
     low_bytes = np.empty((n, num_perm), np.uint8)
@@ -128,7 +128,7 @@ def _minhash(codes, starts, ngram, factors, shifts, bands):  # noqa: ANN001, ANN
 
 
 @njit(cache=True, nogil=True)
-def _lower(least, grams, factors, shifts):  # noqa: ANN001, ANN202
+def _lower(least, grams, factors, shifts):
     """Take STEP n-grams into the minima."""
     a, b, c, d = grams[0], grams[1], grams[2], grams[3]
     e, f, g, h = grams[4], grams[5], grams[6], grams[7]
@@ -143,7 +143,7 @@ def _lower(least, grams, factors, shifts):  # noqa: ANN001, ANN202
 
 
 @njit(cache=True, nogil=True)
-def _fold(least, bands, out):  # noqa: ANN001, ANN202
+def _fold(least, bands, out):
     """One 64-bit key for the values of each band; never 0."""
     rows = len(least) // bands
     for band in range(bands):
@@ -155,7 +155,7 @@ def _fold(least, bands, out):  # noqa: ANN001, ANN202
 
 
 @njit(cache=True, nogil=True)
-def _simhash(codes, starts, ngram):  # noqa: ANN001, ANN202
+def _simhash(codes, starts, ngram):
     n = len(starts) - 1
     fingerprints = np.zeros(n, np.uint64)
     grams = np.empty(max(1, (starts[1:] - starts[:-1]).max()) if n else 1, np.uint32)

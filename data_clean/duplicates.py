@@ -29,6 +29,7 @@ MOST_COMPARED = 256  # documents of its bucket that one is compared with: no buc
 VERIFY_CHARACTERS = 4 << 20  # of the candidate pairs that a thread verifies at a time
 
 Column = Callable[[Shard], np.ndarray]  # the keys of a shard's documents, (count,) uint64
+Join = Callable[[Corpus, np.ndarray, np.ndarray, Settings], None]  # corpus, parent, alive, settings
 Buckets = tuple[np.ndarray, np.ndarray]  # members (m,) int64, and where each one's bucket begins, (m,) int64
 
 
@@ -41,23 +42,30 @@ class Clusters(NamedTuple):
 
 
 def find_clusters(
-    corpus: Corpus, settings: Settings, rank: Callable[[str], int] = lambda source: 0, threads: int = 1
+    corpus: Corpus, settings: Settings, join: Join, rank: Callable[[str], int] = lambda source: 0
 ) -> Clusters:
     """Find all duplicates of a corpus and choose what stays.
 
-    rank: of a data set; lower is preferred. Of a cluster stays a reference document, else that of the best data
-    set, of these the longest, of these the first.
+    join: unites near duplicates, see `join_near`. rank: of a data set; lower is preferred. Of a cluster stays a
+    reference document, else that of the best data set, of these the longest, of these the first.
     """
     parent = np.arange(len(corpus), dtype=np.int32 if len(corpus) < 2**31 else np.int64)
     alive = np.concatenate([np.empty(0, bool), *(shard.column("exact") > 0 for shard in corpus.shards)])
     for members, begins in buckets(corpus, alive, lambda shard: shard.column("exact")):
         unite(parent, members, members[begins])
         alive[members[begins != np.arange(len(begins))]] = False  # the first speaks for its equals
+    join(corpus, parent, alive, settings)
+    return choose(corpus, parent, rank)
+
+
+def join_near(
+    corpus: Corpus, parent: np.ndarray, alive: np.ndarray, settings: Settings, threads: int = 1
+) -> None:
+    """Unite near duplicates, in `parent`, among the documents that are `alive`."""
     if settings.method == "minhash":
         join_by_minhash(corpus, parent, alive, settings, threads)
     elif settings.method == "simhash":
         join_by_simhash(corpus, parent, alive, settings)
-    return choose(corpus, parent, rank)
 
 
 def join_by_minhash(
@@ -156,13 +164,14 @@ def choose(corpus: Corpus, parent: np.ndarray, rank: Callable[[str], int]) -> Cl
     """Of each cluster the document that stays."""
     root = flatten(parent)
     joined = np.flatnonzero(root != np.arange(len(root)))
-    members = np.union1d(joined, root[joined])
+    members = np.union1d(joined, root[joined]).astype(np.int64)
+    if not len(members):
+        return Clusters(members, members, members.astype(bool))
     sources = corpus.source_names(members)
     ranks = {name: rank(name) for name in set(sources)}
-    # From the most to the least preferred; the number, last, makes the order complete.
-    order = np.lexsort(
+    order = np.lexsort(  # from the most to the least preferred
         (
-            members,
+            corpus.rows("order", members),
             -corpus.rows("length", members).astype(np.int64),
             np.array([ranks[name] for name in sources], np.int64),
             ~corpus.is_reference(members),

@@ -9,7 +9,7 @@ Memory: 5 bytes per document and, whatever the size of the corpus, about 0.6 GB 
 signatures and texts that are being compared; everything else stays on disk.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations, pairwise
 from typing import NamedTuple
@@ -48,27 +48,43 @@ def find_clusters(
     rank: of a data set; lower is preferred. Of a cluster stays a reference document, else that of the best data
     set, of these the longest, of these the first.
     """
-    parent = np.arange(len(corpus), dtype=np.int32 if len(corpus) < 2**31 else np.int64)
-    alive = np.concatenate([np.empty(0, bool), *(shard.column("exact") > 0 for shard in corpus.shards)])
-    for members, begins in buckets(corpus, alive, lambda shard: shard.column("exact")):
-        unite(parent, members, members[begins])
-        alive[members[begins != np.arange(len(begins))]] = False  # the first speaks for its equals
+    parent = apart(corpus)
+    alive = join_equal(corpus, parent)
     if settings.method == "minhash":
-        join_by_minhash(corpus, parent, alive, settings, threads)
+        join_by_minhash(corpus, parent, alive, settings, range(settings.bands), threads)
     elif settings.method == "simhash":
         join_by_simhash(corpus, parent, alive, settings)
     return choose(corpus, parent, rank)
 
 
+def apart(corpus: Corpus) -> np.ndarray:
+    """A union-find in which every document is alone."""
+    return np.arange(len(corpus), dtype=np.int32 if len(corpus) < 2**31 else np.int64)
+
+
+def join_equal(corpus: Corpus, parent: np.ndarray) -> np.ndarray:
+    """Unite the documents with equal keys; returns which are still to be compared, (n,) bool."""
+    alive = np.concatenate([np.empty(0, bool), *(shard.column("exact") > 0 for shard in corpus.shards)])
+    for members, begins in buckets(corpus, alive, lambda shard: shard.column("exact")):
+        unite(parent, members, members[begins])
+        alive[members[begins != np.arange(len(begins))]] = False  # the first speaks for its equals
+    return alive
+
+
 def join_by_minhash(
-    corpus: Corpus, parent: np.ndarray, alive: np.ndarray, settings: Settings, threads: int
+    corpus: Corpus,
+    parent: np.ndarray,
+    alive: np.ndarray,
+    settings: Settings,
+    bands: Sequence[int],
+    threads: int = 1,
 ) -> None:
-    """Unite the documents that share a band and are similar, band by band."""
+    """Unite the documents that share one of these bands and are similar, band by band."""
     # The signature errs by less than four standard deviations, so hardly a true duplicate is missed here.
     margin = 4 * (settings.threshold * (1 - settings.threshold) / settings.num_perm) ** 0.5
     least_equal = int(np.ceil((settings.threshold - margin) * settings.num_perm))
     with ThreadPoolExecutor(threads) as pool:
-        for band in tqdm(range(settings.bands), desc="近似去重", unit=" 段", disable=None):
+        for band in tqdm(bands, desc="近似去重", unit=" 段", disable=None):
             for members, begins in buckets(corpus, alive, lambda shard, b=band: shard.column("bands")[b]):
                 low_bytes = corpus.rows("low_bytes", members)
                 next_one = np.arange(len(members)) - 1  # whom to compare with next, going back in the bucket
@@ -156,6 +172,8 @@ def choose(corpus: Corpus, parent: np.ndarray, rank: Callable[[str], int]) -> Cl
     """Of each cluster the document that stays."""
     root = flatten(parent)
     joined = np.flatnonzero(root != np.arange(len(root)))
+    if not len(joined):
+        return Clusters(joined, joined, np.empty(0, bool))
     members = np.union1d(joined, root[joined])
     sources = corpus.source_names(members)
     ranks = {name: rank(name) for name in set(sources)}

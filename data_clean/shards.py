@@ -42,6 +42,10 @@ class Shard:
         self.folder, self.sources, self.is_reference = folder, list(sources), is_reference
         self.count = len(self.column("order"))
 
+    @property
+    def bytes(self) -> int:
+        return (self.folder / TEXT).stat().st_size
+
     def column(self, name: str) -> np.ndarray:
         return np.load(self.folder / f"{name}.npy", mmap_mode="r")
 

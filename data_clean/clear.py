@@ -130,8 +130,7 @@ def main(cfg: Config) -> None:
             publish(cfg.out, parts, report)
     if not parts:
         raise UserError(f"{cfg.data} 里没有一篇可用的文档；原因见上表。")
-    rows, characters = tally.total_kept
-    print(f"\n已写入 {cfg.out}：{rows:,} 篇，{characters:,} 字符")
+    print(f"\n已写入 {cfg.out}：{tally.kept_rows:,} 篇，{tally.kept_characters:,} 字符")
     print(f"每一步做了什么、删了哪些：{cfg.out / 'report.html'}")
 
 
@@ -182,7 +181,7 @@ def extract_all(
         tally.merge(result["tally"])
         aside.merge(result["aside"])
         shards += result_shards(work, "extract", job.number, result, job.is_reference)
-    tally.step("读取", (len(aside), 0), (0, 0), 0)  # rows that could not be used
+    tally.step("读取", len(aside), 0, 0, 0, 0)  # rows that could not be used
     return shards
 
 
@@ -222,18 +221,9 @@ def without_duplicates(cfg: Config, corpus: Corpus, tally: Tally) -> np.ndarray:
         join = partial(join_near, threads=cfg.workers or processors())
     start = time.process_time()
     clusters = find_clusters(corpus, cfg.duplicates, join, source_rank(cfg, corpus))
-    seconds = time.process_time() - start
-    tally.drop_duplicates(corpus, clusters, cfg.ngram)
-    before = keep.copy()
+    tally.add_duplicates(corpus, clusters, keep, time.process_time() - start, cfg.duplicates)
     keep[clusters.members[clusters.members != clusters.kept]] = False
-    characters = [sum_lengths(corpus, chosen) for chosen in (before, keep)]
-    tally.step("近似去重", (int(before.sum()), int(keep.sum())), tuple(characters), seconds)
     return keep
-
-
-def sum_lengths(corpus: Corpus, keep: np.ndarray) -> int:
-    """Characters of the documents that are marked."""
-    return int(corpus.rows("length", np.flatnonzero(keep)).sum(dtype=np.int64))
 
 
 def source_rank(cfg: Config, corpus: Corpus) -> Callable[[str], int]:

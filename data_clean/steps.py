@@ -137,7 +137,7 @@ def read(job: ExtractJob, aside: SetAside, tally: Tally) -> Iterator[Documents]:
         if not job.is_reference:
             characters = tally.count_read(texts, sources)
             seconds = time.process_time() - start
-            tally.step("读取", (texts.count, texts.count), (characters, characters), seconds)
+            tally.step("读取", texts.count, texts.count, characters, characters, seconds)
         yield Documents(texts, sources, order)
         start = time.process_time()
 
@@ -165,23 +165,22 @@ class Cleaner:
         """What duplicates are found by."""
         start = time.process_time()
         signatures = sign(keys_of(documents.texts), self.recipe.duplicates)
-        self.tally.step("近似去重", (0, 0), (0, 0), time.process_time() - start)
+        self.tally.add_seconds("近似去重", time.process_time() - start)
         return signatures
 
     def _timed(self, name: str, documents: Documents, step: Callable[[Documents], Documents]) -> Documents:
         start = time.process_time()
         result = step(documents)
         seconds = time.process_time() - start
-        both = (documents.texts, result.texts)
-        rows, characters = ((t.count for t in both), (int(t.characters.sum()) for t in both))
-        self.tally.step(name, tuple(rows), tuple(characters), seconds)
+        characters = [int(d.texts.characters.sum()) for d in (documents, result)]
+        self.tally.step(name, documents.texts.count, result.texts.count, *characters, seconds)
         return result
 
     def _normalise(self, documents: Documents) -> Documents:
         texts = normalise_batch(documents.texts, self.recipe.to_simplified, self.recipe.half_width)
         if self.recipe.mask_private:
             texts, counts = mask_private(texts)
-            self.tally.change("隐私", counts)
+            self.tally.count("隐私", counts)
         return documents._replace(texts=texts)
 
     def _drop_broken(self, documents: Documents) -> Documents:
@@ -193,7 +192,7 @@ class Cleaner:
 
     def _strip(self, documents: Documents, lines: np.ndarray) -> Documents:
         texts, lost = without_lines(documents.texts, lines)
-        self.tally.change("公共行", {"行": int(lost.sum()), "文档": int((lost > 0).sum())})
+        self.tally.count("公共行", {"行": int(lost.sum()), "文档": int((lost > 0).sum())})
         return self._filter(documents._replace(texts=texts))  # what is left may be too little
 
     def _drop(self, documents: Documents, judge: Judge) -> Documents:
@@ -205,8 +204,7 @@ class Cleaner:
             here = documents.where(preset == name)
             verdicts, rules = judge(rule_set(name, self.recipe), here.texts)
             for rule in np.unique(verdicts[verdicts >= 0]).tolist():
-                dropped = here.where(verdicts == rule)
-                self.tally.drop(rules[rule], dropped.texts, dropped.sources)
+                self.tally.drop(rules[rule], here.texts, here.sources, np.flatnonzero(verdicts == rule))
             keep[np.flatnonzero(preset == name)[verdicts >= 0]] = False
         return documents.where(keep)
 

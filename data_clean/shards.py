@@ -1,0 +1,99 @@
+"""Documents on disk between the steps of cleaning: their texts in one file, what is known of them in columns.
+
+A shard is a folder of flat arrays, so that a step maps only the columns it needs, and can fetch single texts.
+Its documents are ordered by the part of the output that they will go to, drawn at random: reading part k of
+every shard is half of a shuffle that never has the corpus in memory.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from data_clean.texts import Texts, concatenate
+
+TEXT = "text.bin"
+
+
+class Shard:
+    """A folder written by `write_shard`; every column is memory-mapped when it is asked for."""
+
+    def __init__(self, folder: Path, sources: Sequence[str], is_reference: bool = False) -> None:
+        """sources: names behind the codes of the column "source". is_reference: never written, only compared with."""
+        self.folder, self.sources, self.is_reference = folder, list(sources), is_reference
+        self.count = len(self.column("order"))
+
+    def column(self, name: str) -> np.ndarray:
+        return np.load(self.folder / f"{name}.npy", mmap_mode="r")
+
+    def texts(self) -> Texts:
+        return Texts(np.memmap(self.folder / TEXT, np.uint8, "r"), self.column("starts"))
+
+    def part(self, number: int) -> slice:
+        """The documents that go to this part of the output."""
+        ends = self.column("parts")
+        return slice(int(ends[number]), int(ends[number + 1]))
+
+
+def write_shard(
+    folder: Path, texts: Texts, columns: dict[str, np.ndarray], part_of: np.ndarray, parts: int
+) -> None:
+    """Write texts and their columns (first axis: documents), ordered by part of the output.
+
+    part_of: (n,) number of the part that each document goes to, below `parts`.
+    """
+    folder.mkdir()
+    order = np.argsort(part_of, kind="stable")
+    ordered = texts.take(order)
+    ordered.data.tofile(folder / TEXT)
+    np.save(folder / "starts.npy", ordered.starts)
+    np.save(folder / "parts.npy", np.searchsorted(part_of[order], np.arange(parts + 1)))
+    for name, column in columns.items():
+        if len(column):
+            # Band keys are read band by band, everything else document by document.
+            np.save(folder / f"{name}.npy", column[order].T.copy() if name == "bands" else column[order])
+
+
+class Corpus:
+    """Shards as one sequence of numbered documents."""
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self.shards = list(shards)
+        self.firsts = np.cumsum(
+            [0, *(shard.count for shard in shards)]
+        )  # number of each shard's first document
+
+    def __len__(self) -> int:
+        return int(self.firsts[-1])
+
+    def rows(self, name: str, numbers: np.ndarray) -> np.ndarray:
+        """Rows of a column for documents in any order, (m, ...)."""
+        order = np.argsort(numbers, kind="stable")
+        parts = [shard.column(name)[local] for shard, local in self._by_shard(numbers[order])]
+        ordered = np.concatenate(parts)
+        result = np.empty_like(ordered)
+        result[order] = ordered
+        return result
+
+    def texts(self, numbers: np.ndarray) -> Texts:
+        """Texts of documents given in ascending order."""
+        return concatenate([shard.texts().take(local) for shard, local in self._by_shard(numbers)])
+
+    def source_names(self, numbers: np.ndarray) -> np.ndarray:
+        """Names of the data sets of documents in ascending order, (m,) objects."""
+        parts = [
+            np.array(s.sources, object)[s.column("source")[local]] for s, local in self._by_shard(numbers)
+        ]
+        return np.concatenate([np.empty(0, object), *parts])
+
+    def is_reference(self, numbers: np.ndarray) -> np.ndarray:
+        """Whether documents only serve to be compared with, (m,) bool."""
+        flags = np.array([shard.is_reference for shard in self.shards], bool)
+        return flags[np.searchsorted(self.firsts, numbers, side="right") - 1]
+
+    def _by_shard(self, numbers: np.ndarray) -> Iterator[tuple[Shard, np.ndarray]]:
+        """Ascending document numbers as positions in the shards that hold them."""
+        cuts = np.searchsorted(numbers, self.firsts)
+        for index, shard in enumerate(self.shards):
+            if cuts[index] < cuts[index + 1]:
+                yield shard, numbers[cuts[index] : cuts[index + 1]] - self.firsts[index]

@@ -1,21 +1,16 @@
 """The truth that near-duplicate removal is measured against: exact Jaccard similarities, by simple means.
 
-Texts are compared by the sets of character 3-grams of a key: only letters, marks and digits, in one width and
-case, traditional characters replaced by simplified ones. Nothing here is shared with the engines but the
-definition of the key's first half.
+Texts are compared by the sets of character 3-grams of `comparison_key`, the definition of what counts in a
+text; nothing else here is shared with the engines.
 """
 
 from collections.abc import Iterable
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 from numba import njit
 
-from data_clean.normalise import comparison_key
-
 BINS = 100  # of the histogram of similarities
-FIRST, LAST = 0x3400, 0xA000  # characters that may be traditional
 
 
 class Pairs(NamedTuple):
@@ -24,11 +19,6 @@ class Pairs(NamedTuple):
     one: np.ndarray  # (pairs,) int64, the smaller row
     other: np.ndarray  # (pairs,) int64
     jaccard: np.ndarray  # (pairs,) float64
-
-
-def reference_key(text: str) -> str:
-    """What decides whether two texts are the same."""
-    return comparison_key(text).translate(_simplified())
 
 
 def shingles(key: str, size: int = 3) -> set[str]:
@@ -84,14 +74,3 @@ def _count_common(members, starts, postings, posting_starts, least):
                 other.append(later)
                 similarity.append(value)
     return one, other, similarity, histogram
-
-
-@lru_cache(maxsize=1)
-def _simplified() -> dict[int, str]:
-    """Traditional -> simplified, character by character, from OpenCC."""
-    from opencc import OpenCC
-
-    characters = [chr(code) for code in range(FIRST, LAST)]
-    simplified = OpenCC("t2s").convert("\n".join(characters)).split("\n")
-    pairs = zip(characters, simplified, strict=True)
-    return {ord(old): new for old, new in pairs if old != new and len(new) == 1}

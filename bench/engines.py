@@ -5,15 +5,19 @@ n-grams of them is their work, because their interfaces ask for it. All of them 
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from bench.exact import jaccard, shingles
+from data_clean.duplicates import deduplicate
 from data_clean.keys import keys_of
-from data_clean.texts import Texts
+from data_clean.signatures import Settings
+from data_clean.texts import from_strings
+from stage import UserError
 
 Removal = np.ndarray  # (n,) bool: the documents that stay
 NUM_PERM, BANDS, THRESHOLD, NGRAM, DISTANCE = 128, 21, 0.65, 3, 6  # as ours, for all that have such settings
@@ -30,22 +34,20 @@ INSTALL = {
 class Engine(NamedTuple):
     """One way to remove near duplicates."""
 
-    run: Callable[..., Removal]  # takes what `form` says
-    form: Literal["texts", "strings", "keys"]
+    run: Callable[[list[str]], Removal]  # takes what `form` says
+    form: Literal["texts", "keys"]
     limit: int  # documents that it does in about a minute
     package: str = ""
 
 
-def prepare(engine: Engine, texts: Texts) -> Texts | list[str]:
+def prepare(engine: Engine, texts: Sequence[str]) -> list[str]:
     """The documents in the form in which the engine takes them."""
-    if engine.form == "texts":
-        return texts
-    return texts.texts() if engine.form == "strings" else keys(texts)
+    return keys(texts) if engine.form == "keys" else list(texts)
 
 
-def keys(texts: Texts) -> list[str]:
+def keys(texts: Sequence[str]) -> list[str]:
     """The comparison keys as strings."""
-    codes, starts = keys_of(texts)
+    codes, starts = keys_of(from_strings(texts))
     whole = codes.astype("<u4").tobytes().decode("utf-32-le")
     return [whole[start:end] for start, end in zip(starts.tolist(), starts[1:].tolist(), strict=False)]
 
@@ -57,16 +59,18 @@ def missing(engine: Engine) -> str:
     return f"没有 {engine.package}，跳过；安装：{INSTALL[engine.package]}"
 
 
-def ours(texts: Texts, method: str = "minhash") -> Removal:
-    from data_clean.duplicates import Settings, deduplicate
-
-    return deduplicate(texts, Settings(method=method)).keep
+def ours(texts: list[str]) -> Removal:
+    return deduplicate(texts, Settings()).keep
 
 
-def ours_then_simhash(texts: Texts) -> Removal:
-    """SimHash over what MinHash leaves."""
+def our_simhash(texts: list[str]) -> Removal:
+    return deduplicate(texts, Settings(method="simhash")).keep
+
+
+def ours_then(second: Callable[[list[str]], Removal], texts: list[str]) -> Removal:
+    """Another removal over what our MinHash leaves."""
     keep = ours(texts)
-    keep[keep] = ours(texts.take(np.flatnonzero(keep)), "simhash")
+    keep[keep] = second([texts[number] for number in np.flatnonzero(keep).tolist()])
     return keep
 
 
@@ -187,24 +191,34 @@ def simhash_package(keys: list[str]) -> Removal:
     return keep
 
 
-def ours_then_simhash_package(texts: Texts) -> Removal:
-    """The simhash package over what our MinHash leaves."""
-    keep = ours(texts)
-    keep[keep] = simhash_package(keys(texts.take(np.flatnonzero(keep))))
-    return keep
-
-
 ENGINES: dict[str, Engine] = {
     "本引擎 MinHash": Engine(ours, "texts", 10**9),
-    "本引擎 SimHash": Engine(lambda texts: ours(texts, "simhash"), "texts", 10**9),
-    "本引擎 MinHash 后 SimHash": Engine(ours_then_simhash, "texts", 10**9),
-    "原项目的写法": Engine(original, "strings", 10_000, "datasketch"),
+    "本引擎 SimHash": Engine(our_simhash, "texts", 10**9),
+    "本引擎 MinHash 后 SimHash": Engine(partial(ours_then, our_simhash), "texts", 10**9),
+    "原项目的写法": Engine(original, "texts", 10_000, "datasketch"),
     "datasketch 批量，不核实": Engine(datasketch_batch, "keys", 50_000, "datasketch"),
-    "datasketch 批量，核实": Engine(lambda k: datasketch_batch(k, True), "keys", 50_000, "datasketch"),
+    "datasketch 批量，核实": Engine(partial(datasketch_batch, verify=True), "keys", 50_000, "datasketch"),
     "rensa（README 的用法）": Engine(rensa_documented, "keys", 100_000, "rensa"),
     "rensa 矩阵": Engine(rensa_matrix, "keys", 10**9, "rensa"),
     "rensa rho（只标记）": Engine(rensa_rho, "keys", 10**9, "rensa"),
     "gaoya": Engine(gaoya, "keys", 50_000, "gaoya"),
     "simhash 包": Engine(simhash_package, "keys", 10_000, "simhash"),
-    "本引擎 MinHash 后 simhash 包": Engine(ours_then_simhash_package, "texts", 10_000, "simhash"),
+    "本引擎 MinHash 后 simhash 包": Engine(
+        partial(ours_then, lambda texts: simhash_package(keys(texts))), "texts", 10_000, "simhash"
+    ),
 }
+
+
+def chosen_engines(names: tuple[str, ...]) -> dict[str, Engine]:
+    """The engines whose names hold one of these words, of all if there are none, and whose packages are there."""
+    chosen = {}
+    for name, engine in ENGINES.items():
+        if names and not any(word in name for word in names):
+            continue
+        if advice := missing(engine):
+            print(f"{name}：{advice}", flush=True)
+        else:
+            chosen[name] = engine
+    if not chosen:
+        raise UserError(f"--engines {' '.join(names)} 没有对应的方法；可选：{'、'.join(ENGINES)}。")
+    return chosen

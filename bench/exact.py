@@ -10,8 +10,6 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-BINS = 100  # of the histogram of similarities
-
 
 class Pairs(NamedTuple):
     """Pairs of documents and how similar they are."""
@@ -31,8 +29,8 @@ def jaccard(one: set[str], other: set[str]) -> float:
     return len(one & other) / max(len(one | other), 1)
 
 
-def all_pairs(keys: Iterable[str], least: float) -> tuple[Pairs, np.ndarray]:
-    """All pairs of documents with at least this similarity, and a histogram of all pairs over [0, 1].
+def all_pairs(keys: Iterable[str], least: float) -> Pairs:
+    """All pairs of documents with at least this similarity, which is above 0.
 
     Memory and time grow with the square of the corpus: for some ten thousand documents.
     """
@@ -44,10 +42,8 @@ def all_pairs(keys: Iterable[str], least: float) -> tuple[Pairs, np.ndarray]:
     documents = np.repeat(np.arange(len(sets)), np.diff(starts))
     order = np.argsort(members, kind="stable")
     posting_starts = np.searchsorted(members[order], np.arange(len(number) + 1))
-    one, other, similarity, histogram = _count_common(
-        members, starts, documents[order], posting_starts, least
-    )
-    return Pairs(np.array(one[1:]), np.array(other[1:]), np.array(similarity[1:])), histogram
+    one, other, similarity = _count_common(members, starts, documents[order], posting_starts, least)
+    return Pairs(np.array(one[1:], np.int64), np.array(other[1:], np.int64), np.array(similarity[1:]))
 
 
 @njit(cache=True, nogil=True)
@@ -55,7 +51,6 @@ def _count_common(members, starts, postings, posting_starts, least):
     """For each document the n-grams shared with every later one, through the inverted index."""
     documents = len(starts) - 1
     one, other, similarity = [0], [0], [0.0]  # a first entry tells numba the types
-    histogram = np.zeros(BINS + 1, np.int64)
     common = np.zeros(documents, np.int64)
     for document in range(documents):
         common[document:] = 0
@@ -68,9 +63,8 @@ def _count_common(members, starts, postings, posting_starts, least):
         for later in range(document + 1, documents):
             union = size + starts[later + 1] - starts[later] - common[later]
             value = common[later] / max(union, 1)
-            histogram[int(value * BINS)] += 1
             if value >= least:
                 one.append(document)
                 other.append(later)
                 similarity.append(value)
-    return one, other, similarity, histogram
+    return one, other, similarity

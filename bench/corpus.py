@@ -140,6 +140,17 @@ def write_lines(path: Path, tables: Iterator[pa.Table]) -> None:
             handle.write(b"".join(orjson.dumps(row) + b"\n" for row in content.to_pylist()))
 
 
+def corpus_folder(
+    parent: Path, documents: int, planted: float, seed: int, data: Path | None, files: int = 4
+) -> Path:
+    """A parquet corpus below `parent`, made when it is first needed."""
+    name = f"corpus-{documents}-{planted}-{seed}-{files}" + (f"-{data.name}" if data else "")
+    if not (parent / name).is_dir():
+        print(f"生成 {documents:,} 篇的语料 {parent / name}", flush=True)
+        write_corpus(Corpus(documents, planted, seed, data), parent / name, files)
+    return parent / name
+
+
 def truth_path(folder: Path) -> Path:
     return folder.with_name(folder.name + ".truth.jsonl")
 

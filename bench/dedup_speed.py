@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script 
 
 from tqdm import tqdm
 
-from bench.corpus import Corpus, read_texts, write_corpus
+from bench.corpus import corpus_folder, read_texts
 from bench.engines import ENGINES, chosen_engines, prepare
 from bench.measure import ONE_THREAD, peak_memory, restart_peak, run_measured
 from sources.report import settings, table, write_json
@@ -43,16 +43,6 @@ class Config(StageConfig):
     def check(self) -> None:
         require(bool(self.documents) and min(self.documents) >= 1, "documents", self.documents, "至少为 1")
         require(self.rounds >= 1, "rounds", self.rounds, "至少为 1")
-
-
-def corpus_folder(cfg: Config, documents: int) -> Path:
-    """A corpus of this size, made when it is first needed."""
-    name = f"{documents}-{cfg.planted}-{cfg.seed}" + (f"-{cfg.data.name}" if cfg.data else "")
-    folder = cfg.folder / f"corpus-{name}"
-    if not folder.is_dir():
-        print(f"生成 {documents:,} 篇的语料 {folder}", flush=True)
-        write_corpus(Corpus(documents, cfg.planted, cfg.seed, cfg.data), folder)
-    return folder
 
 
 def work(folder: str, name: str, documents: int) -> dict[str, float]:
@@ -116,7 +106,10 @@ def main(cfg: Config) -> None:
     for size in sorted(set(cfg.documents)):
         for name, engine in engines.items():
             jobs.setdefault((name, min(size, engine.limit)), size)
-    folders = {size: corpus_folder(cfg, size) for size in sorted(set(jobs.values()))}
+    folders = {
+        size: corpus_folder(cfg.folder, size, cfg.planted, cfg.seed, cfg.data)
+        for size in sorted(set(jobs.values()))
+    }
     runs: dict[tuple[str, int], list] = {job: [] for job in jobs}
     with tqdm(total=cfg.rounds * len(jobs), unit=" 次", disable=None) as bar:
         for _ in range(cfg.rounds):

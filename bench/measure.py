@@ -16,7 +16,7 @@ from stage import UserError
 with suppress(ImportError):  # Windows has none; run_measured says so
     import resource
 
-INTERVAL = 0.05  # seconds between two looks at the memory
+INTERVAL = 0.1  # seconds between two looks at the memory
 PROC = Path("/proc")
 MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes, see getrusage(2)
 # One thread, for packages that would take all processors; ours is told by its own options.
@@ -30,7 +30,7 @@ class Cost(NamedTuple):
     cpu: float  # seconds of processor time, user and system, of all processes
     memory: int  # bytes resident at the worst moment, summed over the processes: shared pages count in each
     anonymous: int  # bytes of these that are no files: what must really be there
-    largest: int  # bytes resident at its worst moment of the largest single process, exact
+    largest: int  # bytes resident at its worst moment of the largest single process
 
 
 def run_measured(command: Sequence[object], environment: dict[str, str] | None = None) -> tuple[str, Cost]:
@@ -46,32 +46,49 @@ def run_measured(command: Sequence[object], environment: dict[str, str] | None =
         _, status, usage = os.wait4(process.pid, 0)
         wall = perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(status)
-        memory, anonymous = watch.stop()
+        watch.stop()
         printed, complaint = _text(output), _text(errors)
     if process.returncode:
-        raise UserError(f"基准的子进程失败（{process.returncode}）：{complaint.strip()[-2000:]}")
+        last = (complaint.strip() or printed.strip() or "没有输出").splitlines()[-1]
+        raise UserError(f"子进程失败（{process.returncode}）：{last}；命令：{' '.join(map(str, command))}")
     cpu = usage.ru_utime + usage.ru_stime
-    return printed, Cost(wall, cpu, memory, anonymous, usage.ru_maxrss * MAXRSS_UNIT)
+    # On Linux ru_maxrss is no less than what this process had when it started the other.
+    largest = watch.largest or usage.ru_maxrss * MAXRSS_UNIT
+    return printed, Cost(wall, cpu, watch.memory, watch.anonymous, largest)
 
 
 class MemoryWatch:
     """Looks at the memory of a process and its descendants in a thread, until `stop`."""
 
     def __init__(self, pid: int) -> None:
-        self.pid, self.memory, self.anonymous = pid, 0, 0
+        self.pid = pid
+        self.memory = self.anonymous = self.largest = 0  # bytes, the most so far
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
         self.thread.start()
 
     def _watch(self) -> None:
         while PROC.is_dir() and not self.ended.wait(INTERVAL):
-            memory, anonymous = tree_memory(self.pid)
-            self.memory, self.anonymous = max(self.memory, memory), max(self.anonymous, anonymous)
+            tree = [_status(pid) for pid in process_tree(self.pid)]
+            self.memory = max(self.memory, sum(map(_resident, tree)))
+            self.anonymous = max(self.anonymous, sum(map(_anonymous, tree)))
+            self.largest = max(self.largest, *(1024 * fields.get("VmHWM", 0) for fields in tree))
 
-    def stop(self) -> tuple[int, int]:
+    def stop(self) -> None:
         self.ended.set()
         self.thread.join()
-        return self.memory, self.anonymous
+
+
+def process_tree(pid: int) -> list[int]:
+    """A process and its descendants."""
+    children: dict[int, list[int]] = {}
+    for entry in PROC.iterdir():
+        if entry.name.isdigit():
+            children.setdefault(_status(int(entry.name)).get("PPid", 0), []).append(int(entry.name))
+    found = [pid]
+    for process in found:  # grows while it is walked through
+        found += children.get(process, [])
+    return found
 
 
 def restart_peak() -> int:
@@ -80,7 +97,7 @@ def restart_peak() -> int:
         (PROC / "self" / "clear_refs").write_text("5")  # see proc_pid_clear_refs(5)
     except OSError:
         return peak_memory()
-    return 1024 * _status(os.getpid())["VmRSS"]
+    return _resident(_status(os.getpid()))
 
 
 def peak_memory() -> int:
@@ -91,21 +108,12 @@ def peak_memory() -> int:
     )
 
 
-def tree_memory(pid: int) -> tuple[int, int]:
-    """Resident bytes of a process and its descendants, and those of them that are no files."""
-    children: dict[int, list[int]] = {}
-    for entry in PROC.iterdir():
-        if entry.name.isdigit() and (fields := _status(int(entry.name))):
-            children.setdefault(fields.get("PPid", 0), []).append(int(entry.name))
-    memory = anonymous = 0
-    waiting = [pid]
-    while waiting:
-        current = waiting.pop()
-        waiting += children.get(current, [])
-        fields = _status(current)
-        memory += 1024 * fields.get("VmRSS", 0)
-        anonymous += 1024 * (fields.get("RssAnon", 0) + fields.get("RssShmem", 0))
-    return memory, anonymous
+def _resident(fields: dict[str, int]) -> int:
+    return 1024 * fields.get("VmRSS", 0)
+
+
+def _anonymous(fields: dict[str, int]) -> int:
+    return 1024 * (fields.get("RssAnon", 0) + fields.get("RssShmem", 0))
 
 
 def _status(pid: int) -> dict[str, int]:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bench.background import Background
 from bench.hard_negatives import (
     EMOJI,
     SCRIPTS,
@@ -66,7 +67,10 @@ def kinds() -> dict[str, Kind]:
 
 def _different(name: str, share: float, write: Callable, of: object) -> Kind:
     """Texts that `write(of, random)` makes without an original."""
-    make = lambda text, rate, random, background: write(of, random)  # noqa: E731
+
+    def make(text: str, rate: float, random: np.random.Generator, background: Background) -> str:
+        return write(of, random)
+
     return Kind(name, share, (LARGEST, LARGEST), make, copies=False)
 
 

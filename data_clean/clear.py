@@ -25,7 +25,7 @@ import numpy as np
 from data_clean.boilerplate import frequent_lines
 from data_clean.duplicates import find_clusters, join_near
 from data_clean.page import write_page
-from data_clean.shards import Corpus, Shard
+from data_clean.shards import SLOTS, Corpus, Shard
 from data_clean.signatures import Settings
 from data_clean.steps import PART, ExtractJob, PartJob, Recipe, StripJob, extract, strip_lines, write_part
 from data_clean.tally import Tally
@@ -138,12 +138,12 @@ def extract_jobs(cfg: Config) -> list[ExtractJob]:
     """The pieces of the corpora to compare with, then those of the corpus."""
     pieces = split_into_pieces(cfg.data, (*OUR_OUTPUTS, cfg.out))
     others = [piece for folder in cfg.against for piece in split_into_pieces(folder, ())]
-    recipe = make_recipe(cfg, sum(piece.size for piece in pieces))
+    recipe = make_recipe(cfg)
     both = [(piece, True) for piece in others] + [(piece, False) for piece in pieces]
     return [ExtractJob(number, piece, recipe, old) for number, (piece, old) in enumerate(both)]
 
 
-def make_recipe(cfg: Config, bytes_in: int) -> Recipe:
+def make_recipe(cfg: Config) -> Recipe:
     """What every process needs to know."""
     return Recipe(
         text_column=cfg.text_column,
@@ -157,7 +157,6 @@ def make_recipe(cfg: Config, bytes_in: int) -> Recipe:
         benchmark_ngram=cfg.benchmark_ngram,
         boilerplate=cfg.boilerplate,
         duplicates=cfg.duplicates,
-        parts=bytes_in // (cfg.part_mb << 20) + 1,
         seed=cfg.seed,
     )
 
@@ -235,15 +234,19 @@ def source_rank(cfg: Config, corpus: Corpus) -> Callable[[str], int]:
 
 
 def write_parts(cfg: Config, corpus: Corpus, keep: np.ndarray, work: WorkFolder, tally: Tally) -> list[Path]:
-    """Write the kept documents, shuffled; returns the files that hold any."""
+    """Write the kept documents, shuffled; returns the files."""
+    if not keep.any():
+        return []
     np.save(work.path / "keep.npy", keep)
-    numbers = range(len(corpus.shards[0].column("parts")) - 1 if corpus.shards else 0)
-    jobs = [PartJob(number, corpus.shards, work.path / "keep.npy", cfg.seed) for number in numbers]
-    sizes = [sum(shard.bytes for shard in corpus.shards) // max(len(jobs), 1)] * len(jobs)
-    results = work.run("write", write_part, jobs, sizes, cfg.workers, "打乱与写出")
+    size = sum(int(shard.sizes()[kept].sum()) for shard, kept in corpus.by_shard(keep))
+    parts = min(size // (cfg.part_mb << 20) + 1, SLOTS)
+    jobs = [
+        PartJob(number, parts, corpus.shards, work.path / "keep.npy", cfg.seed) for number in range(parts)
+    ]
+    results = work.run("write", write_part, jobs, [size // parts] * parts, cfg.workers, "打乱与写出")
     for result in results:
         tally.merge(result["tally"])
-    return [work.folder("write", number) / PART for number in numbers if results[number]["rows"]]
+    return [work.folder("write", number) / PART for number in range(parts)]
 
 
 def publish(out: Path, parts: list[Path], report: dict[str, Any]) -> None:

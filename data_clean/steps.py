@@ -21,7 +21,7 @@ from data_clean.keys import keys_of
 from data_clean.mask import mask_private
 from data_clean.normalise import normalise_batch
 from data_clean.rules import RuleSet, preset_of
-from data_clean.shards import Documents, Shard, write_shard
+from data_clean.shards import SLOTS, Documents, Shard, write_shard
 from data_clean.signatures import Settings, Signatures, sign
 from data_clean.tally import Tally
 from data_clean.texts import Texts, concatenate, from_arrow
@@ -49,7 +49,6 @@ class Recipe:
     benchmark_ngram: int
     boilerplate: int  # documents that must share a line for it to go; 0: lines are left alone
     duplicates: Settings
-    parts: int  # of the output
     seed: int
 
 
@@ -68,6 +67,7 @@ class StripJob(NamedTuple):
 
 class PartJob(NamedTuple):
     number: int
+    parts: int
     shards: Sequence[Shard]
     keep: Path  # (documents of all shards,) bool
     seed: int
@@ -94,8 +94,8 @@ def strip_lines(job: StripJob, folder: Path) -> dict[str, Any]:
     documents = cleaner.strip(before, np.load(job.lines))
     if not documents.texts.count:
         return {"tally": cleaner.tally.to_json(), "shards": []}
-    part_of = shard.part_of()[np.isin(before.order, documents.order)]
-    sources = write_shard(folder / "000", documents, cleaner.sign(documents), part_of, job.recipe.parts)
+    slot_of = shard.slot_of()[np.isin(before.order, documents.order)]
+    sources = write_shard(folder / "000", documents, cleaner.sign(documents), slot_of)
     return {"tally": cleaner.tally.to_json(), "shards": [sources]}
 
 
@@ -107,14 +107,12 @@ def write_part(job: PartJob, folder: Path) -> dict[str, Any]:
     keep, first = np.load(job.keep, mmap_mode="r"), 0
     texts, sources = [], [np.empty(0, object)]
     for shard in job.shards:
-        here = shard.part(job.number)
+        here = shard.part(job.number, job.parts)
         kept = here.start + np.flatnonzero(keep[first + here.start : first + here.stop])
         first += shard.count
         if len(kept):
             texts.append(shard.texts().take(kept))
             sources.append(shard.source_names()[kept])
-    if not texts:
-        return {"tally": Tally().to_json(), "rows": 0}
     order = np.random.default_rng([job.seed, job.number]).permutation(sum(part.count for part in texts))
     shuffled, names = concatenate(texts).take(order), np.concatenate(sources)[order]
     table = pa.table({"text": shuffled.to_arrow(), "source": pa.array(names, pa.string())})
@@ -124,7 +122,7 @@ def write_part(job: PartJob, folder: Path) -> dict[str, Any]:
     )  # fmt: skip
     tally = Tally()
     tally.count_kept(shuffled, names)
-    return {"tally": tally.to_json(), "rows": len(order)}
+    return {"tally": tally.to_json()}
 
 
 def read(job: ExtractJob, aside: SetAside, tally: Tally) -> Iterator[Documents]:
@@ -253,9 +251,9 @@ class ShardWriter:
         signatures = [np.concatenate(parts) for parts in zip(*self.signatures, strict=True)]
         number = len(self.sources)
         rng = np.random.default_rng([self.recipe.seed, self.number, number])
-        part_of = rng.integers(0, self.recipe.parts, documents.texts.count)
+        slot_of = rng.integers(0, SLOTS, documents.texts.count)
         folder = self.folder / f"{number:03d}"
-        self.sources.append(write_shard(folder, documents, signatures, part_of, self.recipe.parts))
+        self.sources.append(write_shard(folder, documents, signatures, slot_of))
         if self.recipe.boilerplate:
             np.save(folder / "lines.npy", line_hashes(documents.texts))
         self.documents, self.signatures, self.bytes = [], [], 0

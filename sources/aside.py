@@ -26,13 +26,28 @@ class SetAside:
         self.counts[str(file), reason] += 1
         if remedy:
             self.remedies.setdefault(reason, remedy)
-        # The first of every file and reason is kept (within bounds), others while there is room.
-        is_first = self.counts[str(file), reason] == 1
-        if len(self.examples) < self.max_examples * (10 if is_first else 1):
+        if self._has_room(is_first=self.counts[str(file), reason] == 1):
             text = excerpt if isinstance(excerpt, str) else repr(excerpt)
             self.examples.append(
                 {"file": str(file), "row": row, "reason": reason, "excerpt": printable(text[:EXCERPT])}
             )
+
+    def _has_room(self, is_first: bool) -> bool:
+        """The first example of every file and reason is kept (within bounds), others while there is room."""
+        return len(self.examples) < self.max_examples * (10 if is_first else 1)
+
+    def merge(self, report: dict[str, Any]) -> None:
+        """Add what another process collected, given as its `report()`; in order of the work, not of its end."""
+        known = set(self.counts)
+        for entry in report["counts"]:
+            self.counts[entry["file"], entry["reason"]] += entry["rows"]
+        for example in report["examples"]:
+            key = example["file"], example["reason"]
+            if self._has_room(is_first=key not in known):
+                self.examples.append(example)
+            known.add(key)
+        for reason, remedy in report["remedies"].items():
+            self.remedies.setdefault(reason, remedy)
 
     def report(self) -> dict[str, Any]:
         """The whole collection for a JSON report."""

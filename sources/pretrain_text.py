@@ -25,21 +25,26 @@ def read_documents(
 ) -> Iterator[Document]:
     """Every document of a file or folder; rows without usable text go to `aside`."""
     for file in list_files(path, skip):
-        source = source_name(file, path)
-        for number, row in read_rows(file, aside):
-            if isinstance(row, str):
+        yield from file_documents(file, source_name(file, path), aside, text_column)
+
+
+def file_documents(
+    file: Path, source: str, aside: SetAside, text_column: str | None = None
+) -> Iterator[Document]:
+    """Every document of one file; rows without usable text go to `aside`."""
+    for number, row in read_rows(file, aside):
+        if isinstance(row, str):
+            if row.strip():
                 yield Document(row.strip(), source)
-                continue
-            try:
-                text = row_text(row, text_column)
-            except Unusable as reason:
-                aside.add(file, number, str(reason), row, REMEDIES.get(str(reason).partition("（")[0], ""))
-            else:
-                # Our own clean files keep the name of the data set each row came from.
-                own = (
-                    row["source"] if set(row) == {"text", "source"} and file.suffix == ".parquet" else source
-                )
-                yield Document(text, own if isinstance(own, str) else source)
+            continue
+        try:
+            text = row_text(row, text_column)
+        except Unusable as reason:
+            aside.add(file, number, str(reason), row, REMEDIES.get(str(reason).partition("（")[0], ""))
+        else:
+            # Our own clean files keep the name of the data set each row came from.
+            own = row["source"] if set(row) == {"text", "source"} and file.suffix == ".parquet" else source
+            yield Document(text, own if isinstance(own, str) else source)
 
 
 def row_text(row: dict[str, Any], text_column: str | None = None) -> str:

@@ -10,14 +10,15 @@ does. The figures behind the constants are in docs/LOG.md.
 
 import string
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_clean.ngram_index import Index, build_index, empty_found, scan
-from data_clean.texts import Texts, from_strings
+from data_clean.keys import keys_of
+from data_clean.ngram_index import build_index, empty_found, scan
+from data_clean.texts import from_strings
 from sources.aside import SetAside
 from sources.containers import read_rows
 from sources.files import list_files
@@ -26,9 +27,7 @@ from stage import UserError
 
 NGRAM = 8  # characters of the comparison key
 EXCERPT = 120  # characters of a document shown around an item
-KeysOf = Callable[
-    [Texts], tuple[np.ndarray, np.ndarray]
-]  # texts -> codes (characters,) uint32, starts (n + 1,)
+LETTERS = string.ascii_uppercase
 
 
 class Item(NamedTuple):
@@ -43,30 +42,26 @@ class Item(NamedTuple):
         """How a document may hold it: the question alone; with options as examinations print them; as a table."""
         if not self.options:
             return [self.question]
-        letters = string.ascii_uppercase[: len(self.options)]
-        lettered = [f"{letter} {option}" for letter, option in zip(letters, self.options, strict=True)]
+        lettered = [f"{letter} {option}" for letter, option in zip(LETTERS, self.options, strict=False)]
         return ["\n".join([self.question, *options]) for options in ([], lettered, self.options)]
 
 
 class Benchmarks:
     """The items of some benchmark files, found in documents by `hits`. Can be pickled."""
 
-    def __init__(self, items: Sequence[Item], keys_of: KeysOf, ngram: int = NGRAM) -> None:
-        """keys_of: the comparison keys of texts, one behind the other; the same for documents in `hits`."""
-        self.keys_of = keys_of
-        self.items = without_repeats(items, keys_of)
+    def __init__(self, items: Sequence[Item], ngram: int = NGRAM) -> None:
+        """ngram: characters of the comparison key; shorter finds more edited copies, and more laws and classics."""
+        self.items = without_repeats(items)
         self.repeated = len(items) - len(self.items)
         forms = [item.forms() for item in self.items]
         owner = np.repeat(np.arange(len(forms)), [len(f) for f in forms])
         codes, starts = keys_of(from_strings([form for item_forms in forms for form in item_forms]))
         sizes = np.diff(starts)
         is_question = np.append(True, owner[1:] != owner[:-1])[: len(owner)]
-        self.index: Index = build_index(codes, starts, owner, sizes[is_question][owner], ngram)
+        self.index = build_index(codes, starts, owner, sizes[is_question][owner], ngram)
 
     @classmethod
-    def read(
-        cls, paths: Sequence[Path], aside: SetAside, keys_of: KeysOf, ngram: int = NGRAM
-    ) -> "Benchmarks":
+    def read(cls, paths: Sequence[Path], aside: SetAside, ngram: int = NGRAM) -> "Benchmarks":
         """Read files and folders of questions; unusable rows go to `aside`, no usable row is a UserError."""
         items = [item for path in paths for file in list_files(path, ()) for item in read_items(file, aside)]
         if not items:
@@ -74,7 +69,7 @@ class Benchmarks:
             raise UserError(
                 f"{names} 里没有可用的题目；应有 question 和选项 A、B、C、D（CSV 或 JSON）等字段。"
             )
-        return cls(items, keys_of, ngram)
+        return cls(items, ngram)
 
     def hits(self, keys: np.ndarray, starts: np.ndarray) -> np.ndarray:
         """The item that each document contains, (n,) int32; -1 where there is none.
@@ -96,7 +91,7 @@ class Benchmarks:
 
     def excerpt(self, text: str) -> str:
         """The part of a document that holds the item it was removed for; its beginning if it holds none."""
-        codes, starts = self.keys_of(from_strings(list(text)))
+        codes, starts = keys_of(from_strings(list(text)))
         items, begins = self._scan(codes, np.array([0, len(codes)]))
         first = int(np.searchsorted(starts, begins[0], side="right")) - 1 if items[0] >= 0 else 0
         return text[max(first, 0) :][:EXCERPT]
@@ -115,7 +110,7 @@ class Benchmarks:
         }
 
 
-def without_repeats(items: Sequence[Item], keys_of: KeysOf) -> list[Item]:
+def without_repeats(items: Sequence[Item]) -> list[Item]:
     """The items that differ: a file may be given twice, and the same n-grams in two items would say less."""
     codes, starts = keys_of(from_strings(["\n".join([item.question, *item.options]) for item in items]))
     first: dict[bytes, Item] = {}
@@ -150,11 +145,15 @@ def question_and_options(row: dict[str, Any] | str) -> tuple[str, tuple[str, ...
         raise Unusable("字段 question 为空")
     passage = fields.get("passage")
     question = f"{passage}\n{fields['question']}" if isinstance(passage, str) else fields["question"]
+    return question, tuple(text for option in options_of(fields) if (text := str(option).strip()))
+
+
+def options_of(fields: dict[str, Any]) -> list[Any]:
+    """The options of a row, or its answer; names of fields in lower case."""
     options = next((fields[name] for name in ("option", "options", "choices") if fields.get(name)), None)
     if isinstance(options, dict):
         options = options.get("text") or list(options.values())
-    if options is None:
-        options = [fields[letter] for letter in string.ascii_lowercase if fields.get(letter)]
-    if not options and isinstance(fields.get("answer"), str):
-        options = [fields["answer"]]
-    return question, tuple(str(option) for option in options if option)
+    if not isinstance(options, list):
+        lettered = [fields.get(letter.lower()) for letter in LETTERS]
+        options = [option for option in lettered if option is not None]
+    return options or [fields.get("answer") or ""]

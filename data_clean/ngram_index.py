@@ -1,9 +1,9 @@
-"""Which of a small set of texts does a document contain, nearly whole? Compiled, about 2 ns a character.
+"""Which questions of a set does a document contain, nearly whole? Compiled, about 2.5 ns a character.
 
-The known texts are indexed by their n-grams. A document is read once with a rolling hash; where its n-grams
-are known, they are laid over the text that they come from, and when they cover enough of it within one
-stretch of the document, the document contains that text. Unlike a single long n-gram this survives a
-changed character, and unlike a single short one it is not satisfied by a phrase.
+The questions are indexed by their n-grams. A document is read once with a rolling hash; where its n-grams are
+known, they are laid over the question that they come from, and when they cover enough of it within one stretch
+of the document, the document contains that question. Unlike a single long n-gram this survives a changed
+character, and unlike a single short one it is not satisfied by a phrase.
 """
 
 from typing import NamedTuple
@@ -12,13 +12,12 @@ import numpy as np
 from numba import njit
 from numpy.lib.stride_tricks import sliding_window_view
 
-SHARE = 0.6  # of a text's characters that must be found
-MINIMUM = 13  # characters that must be found at least; texts that have fewer are not looked for
+SHARE = 0.6  # of a question's characters that must be found
+MINIMUM = 13  # characters that must be found at least; questions that have fewer are not looked for
+ASKS = 8  # characters at the end that ask: half must be found, or one and half of the options
 DISTINCT = 4  # different characters in an n-gram that says anything, unlike 01010101
 COMMON = 3  # items that may have an n-gram before it is a set phrase, which says nothing
 GAP = 50  # characters of the document between two n-grams of the same occurrence, at most
-
-ASKS = 8  # characters at the end of a question that ask; half must be found, or one and half of the options
 
 FACTOR = np.uint64(0x9E3779B97F4A7C15)  # of the rolling polynomial hash, modulo 2^64
 SPREAD = np.uint64(0xD6E8FEB86659FD93)  # odd: carries every bit into the upper ones, and loses none
@@ -27,21 +26,17 @@ BLOOM_BITS = 16  # of the filter for each n-gram: one unknown n-gram in 400 pass
 
 
 class Index(NamedTuple):
-    """Known texts: their n-grams, and how much of each must be found. A text is one of the forms of an item."""
+    """Known texts, each one form of an item: their n-grams, and how much of each must be found."""
 
     ngram: int
     item: np.ndarray  # (texts,) int32: what the text is a form of
-    part: (
-        np.ndarray
-    )  # (characters,) int8, of all texts: 0, 1, 2 as given; -1 if in no n-gram that says anything
+    part: np.ndarray  # (characters,) int8, of all texts: see `parts`
     need: np.ndarray  # (texts, 3) int32: characters to be found, in all, of part 1, of part 2
     hashes: np.ndarray  # (n-grams,) uint64, sorted
     uses: np.ndarray  # (n-grams + 1,) int64: n-gram g is in text[uses[g] : uses[g + 1]], at place[the same]
     text: np.ndarray  # (uses,) int32
     place: np.ndarray  # (uses,) int32: the character, of those of all texts, where the n-gram begins
-    buckets: (
-        np.ndarray
-    )  # (2^b + 1,) int32: hashes with the upper bits u are hashes[buckets[u] : buckets[u + 1]]
+    buckets: np.ndarray  # (2^b + 1,) int32: of upper bits u are hashes[buckets[u] : buckets[u + 1]]
     bucket_shift: np.uint64
     bloom: np.ndarray  # (2^w,) uint64
     bloom_shift: np.uint64
@@ -67,13 +62,10 @@ def build_index(
     """
     text_of = np.repeat(np.arange(len(item)), np.diff(starts))  # (characters,)
     hashes, place = telling_ngrams(codes, text_of, item, ngram)
-    edges = np.bincount(place, minlength=len(codes) + 1) - np.bincount(
-        place + ngram, minlength=len(codes) + 1
-    )
-    part = parts(edges.cumsum()[:-1] > 0, starts, question)
-    sizes = [
-        np.bincount(text_of[chosen], minlength=len(item)) for chosen in (part >= 0, part == 1, part == 2)
-    ]
+    begun, ended = (np.bincount(ends, minlength=len(codes) + 1) for ends in (place, place + ngram))
+    part = parts((begun - ended).cumsum()[:-1] > 0, starts, question)
+    chosen = (part >= 0, part == 1, part == 2)
+    sizes = [np.bincount(text_of[which], minlength=len(item)) for which in chosen]  # (texts,) each
     asked = np.where(sizes[2] > 0, np.minimum(sizes[1], 1), np.ceil(0.5 * sizes[1]))
     need = [np.maximum(np.ceil(SHARE * sizes[0]), MINIMUM), asked, np.ceil(0.5 * sizes[2])]
     is_used = sizes[0][text_of[place]] >= MINIMUM
@@ -98,11 +90,11 @@ def build_index(
 
 
 def parts(is_telling: np.ndarray, starts: np.ndarray, question: np.ndarray) -> np.ndarray:
-    """What each character of all texts belongs to, (characters,): -1 where it says nothing, 1 to what a question
-    ends with, 2 to the options, 0 to the rest of a question."""
-    before = np.concatenate(
-        [[0], is_telling.cumsum()]
-    )  # (characters + 1,): telling ones before each character
+    """What each character belongs to, (characters,): 1 the end of a question, 2 options, 0 the rest of a question.
+
+    -1: it lies in no n-gram that says anything, and does not count. starts, question: as in `build_index`.
+    """
+    before = np.concatenate([[0], is_telling.cumsum()])  # (characters + 1,): telling ones before each
     sizes, ends = np.diff(starts), starts[:-1] + question
     in_options = np.arange(len(is_telling)) >= np.repeat(ends, sizes)
     asks = before[:-1] >= np.repeat(before[ends] - ASKS, sizes)

@@ -30,7 +30,7 @@ class Config(StageConfig):
 
     documents: tuple[int, ...] = (10_000, 100_000)  # 语料的文档数，可填几个
     rounds: int = 3  # 轮流测几轮，取中位数
-    engines: tuple[str, ...] = ()  # 只测名字含有这些字样的方法；不填则全测
+    engines: tuple[str, ...] = ()  # 只测这些方法（名字，或名字里的字样）；不填则全测
     planted: float = 0.15  # 人工放入的重复文档和易混文档所占的比例
     data: Path | None = None  # 模仿哪份语料的用字；不填则用内置演示语料
     folder: Path = ROOT / "out" / "bench"  # 语料放在这里，已有的不再生成

@@ -17,7 +17,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script from any folder
 
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from bench.corpus import corpus_folder
 from bench.engines import original
@@ -82,26 +81,28 @@ def run_original(folder: Path, out: Path, documents: int) -> Cost:
     return run_measured([sys.executable, __file__, "--worker", job], ONE_THREAD)[1]
 
 
-def written_rows(folder: Path) -> int:
-    return sum(pq.read_metadata(file).num_rows for file in folder.glob("part-*.parquet"))
-
-
 def measure(cfg: Config, corpus: Path) -> tuple[dict[str, list[dict]], dict[str, list[dict]]]:
     """Costs of all runs by way, and the steps of ours; the ways take turns."""
     runs: dict[str, list[dict]] = {}
     steps: dict[str, list[dict]] = {}
-    for _ in tqdm(range(cfg.rounds), unit=" 轮", disable=None):
+
+    def note(name: str, cost: Cost, documents: int, out: Path) -> None:
+        rows = sum(pq.read_metadata(file).num_rows for file in out.glob("part-*.parquet"))
+        run = {"documents": documents, "kept": rows, "rate": documents / cost.cpu, **cost._asdict()}
+        runs.setdefault(name, []).append(run)
+        print(f"{name}，{documents:,} 篇：{cost.wall:.1f} 秒，{run['rate']:,.0f} 篇/秒·核", flush=True)
+
+    for _ in range(cfg.rounds):
         for workers in cfg.workers:
             name = f"本项目，{workers} 个进程"
             with new_folder(cfg.folder) as out:
                 cost, report = run_ours(corpus, out, workers)
-                runs.setdefault(name, []).append(result(cost, cfg.documents, out))
+                note(name, cost, cfg.documents, out)
             steps.setdefault(name, []).append({s["step"]: s["seconds"] for s in report["steps"]})
         if cfg.baseline:
             documents = min(cfg.baseline, cfg.documents)
             with new_folder(cfg.folder) as out:
-                cost = run_original(corpus, out, documents)
-                runs.setdefault(BASELINE, []).append(result(cost, documents, out))
+                note(BASELINE, run_original(corpus, out, documents), documents, out)
     return runs, steps
 
 
@@ -111,11 +112,6 @@ def new_folder(parent: Path) -> Iterator[Path]:
     parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=parent) as folder:
         yield Path(folder) / "clean"
-
-
-def result(cost: Cost, documents: int, out: Path) -> dict[str, float]:
-    rate = documents / cost.cpu
-    return {"documents": documents, "kept": written_rows(out), "rate": rate, **cost._asdict()}
 
 
 def medians(runs: list[dict[str, float]]) -> dict[str, float]:
@@ -158,7 +154,7 @@ def main(cfg: Config) -> None:
     results = {name: medians(found) for name, found in runs.items()}
     shares = {name: medians(found) for name, found in steps.items()}
     size = sum(file.stat().st_size for file in corpus.glob("part-*"))
-    print(show(results, shares))
+    print("\n" + show(results, shares))
     print(f"语料：{cfg.documents:,} 篇，{cfg.files} 个文件，压缩后 {size / 1e6:,.0f} MB。")
     write_json(cfg.out, {"settings": settings(cfg), "runs": runs, "medians": results, "steps": shares})
     print(f"\n已写入 {cfg.out}")

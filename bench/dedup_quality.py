@@ -38,7 +38,7 @@ class Config(StageConfig):
     documents: int = 8000  # 文档数；时间和内存与其平方成正比
     planted: float = 0.6  # 人工放入的重复文档和易混文档所占的比例
     data: Path | None = None  # 模仿哪份语料的用字；不填则用内置演示语料
-    engines: tuple[str, ...] = ()  # 只测名字含有这些字样的方法；不填则全测
+    engines: tuple[str, ...] = ()  # 只测这些方法（名字，或名字里的字样）；不填则全测
     out: Path = ROOT / "out" / "bench" / "dedup_quality.json"  # 结果
     seed: int = 0  # 随机种子
 

@@ -210,10 +210,10 @@ ENGINES: dict[str, Engine] = {
 
 
 def chosen_engines(names: tuple[str, ...]) -> dict[str, Engine]:
-    """The engines whose names hold one of these words, of all if there are none, and whose packages are there."""
+    """The engines of these names, or whose names hold these words, all if there are none; with their packages."""
     chosen = {}
     for name, engine in ENGINES.items():
-        if names and not any(word in name for word in names):
+        if names and not any(word == name or (word not in ENGINES and word in name) for word in names):
             continue
         if advice := missing(engine):
             print(f"{name}：{advice}", flush=True)

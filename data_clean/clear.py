@@ -25,6 +25,7 @@ import numpy as np
 from data_clean.boilerplate import frequent_lines
 from data_clean.duplicates import find_clusters, join_near
 from data_clean.page import write_page
+from data_clean.rules import check_limit, check_preset
 from data_clean.shards import SLOTS, Corpus, Shard
 from data_clean.signatures import Settings
 from data_clean.steps import PART, ExtractJob, PartJob, Recipe, StripJob, extract, strip_lines, write_part
@@ -147,8 +148,8 @@ def make_recipe(cfg: Config) -> Recipe:
     """What every process needs to know."""
     return Recipe(
         text_column=cfg.text_column,
-        presets=parse_pairs(cfg.preset, "preset"),
-        thresholds=parse_pairs(cfg.rule, "rule"),
+        presets=chosen_presets(cfg),
+        limits=chosen_limits(cfg),
         block_words=read_words(cfg.block_words),
         mask_private=cfg.mask_private,
         to_simplified=cfg.to_simplified,
@@ -263,11 +264,25 @@ def publish(out: Path, parts: list[Path], report: dict[str, Any]) -> None:
         write_page(folder / "report.html", report)
 
 
-def parse_pairs(values: tuple[str, ...], option: str) -> tuple[tuple[str, str], ...]:
-    """NAME=VALUE settings as pairs."""
-    for value in values:
-        require("=" in value, option, value, "应写成 名字=值")
-    return tuple(tuple(value.rsplit("=", 1)) for value in values)
+def chosen_presets(cfg: Config) -> tuple[tuple[str, str], ...]:
+    """--preset as (pattern of data sets, preset)."""
+    pairs = [value.rpartition("=") for value in cfg.preset]
+    for _, _, preset in pairs:
+        check_preset(preset)
+    return tuple((source if equals else "*", preset) for source, equals, preset in pairs)
+
+
+def chosen_limits(cfg: Config) -> tuple[tuple[str, float], ...]:
+    """--rule as (rule, limit)."""
+    limits = []
+    for value in cfg.rule:
+        name, _, limit = value.rpartition("=")
+        try:
+            limits.append((name, float(limit)))
+        except ValueError:
+            raise UserError(f"--rule 应写成 规则=阈值，例如 过短=20，现在是 {value}。") from None
+        check_limit(*limits[-1])
+    return tuple(limits)
 
 
 def read_words(path: Path | None) -> tuple[str, ...]:

@@ -39,8 +39,8 @@ class Recipe:
     """What is done with every text; the same in all processes."""
 
     text_column: str | None
-    presets: tuple[tuple[str, str], ...]  # (data set, preset)
-    thresholds: tuple[tuple[str, float], ...]  # (rule, threshold) in place of the preset's
+    presets: tuple[tuple[str, str], ...]  # (pattern of data sets, preset)
+    limits: tuple[tuple[str, float], ...]  # (rule, limit) in place of the preset's
     block_words: tuple[str, ...]
     mask_private: bool
     to_simplified: bool
@@ -175,7 +175,7 @@ class Cleaner:
         return result
 
     def _normalise(self, documents: Documents) -> Documents:
-        texts = normalise_batch(documents.texts, self.recipe.to_simplified, self.recipe.half_width)
+        texts = normalise_batch(documents.texts, self.recipe.half_width, self.recipe.to_simplified)
         if self.recipe.mask_private:
             texts, counts = mask_private(texts)
             self.tally.count("隐私", counts)
@@ -216,7 +216,7 @@ class Cleaner:
 @lru_cache(maxsize=8)
 def rule_set(preset: str, recipe: Recipe) -> RuleSet:
     """The rules of a preset with the user's thresholds; made once per process."""
-    return RuleSet(preset, dict(recipe.thresholds), recipe.block_words)
+    return RuleSet(preset, dict(recipe.limits), recipe.block_words)
 
 
 @lru_cache(maxsize=1)

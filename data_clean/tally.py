@@ -244,7 +244,10 @@ class Tally:
         lines += [["保留", *(c["rows_out"] for c in columns.values())]]
         print("\n" + table(["", *columns], lines))
         for name, counts in self.counts.items():
-            print(f"{name}：" + "、".join(f"{key} {number:,}" for key, number in counts.items() if number))
+            if any(counts.values()):
+                print(
+                    f"{name}：" + "、".join(f"{key} {number:,}" for key, number in counts.items() if number)
+                )
 
 
 def add(total: Numbers, part: Numbers) -> None:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 
 class Texts(NamedTuple):
@@ -36,6 +37,11 @@ class Texts(NamedTuple):
     def take(self, indices: np.ndarray) -> "Texts":
         """The texts at these positions, in this order, copied into a new buffer."""
         return from_arrow(self.to_arrow().take(pa.array(indices, pa.int64())))
+
+    def replace(self, where: np.ndarray, strings: list[str]) -> "Texts":
+        """The same texts but for those at the positions `where`, a mask (n,) bool, in a new buffer."""
+        strings = pa.array(strings, pa.large_string())
+        return from_arrow(pc.replace_with_mask(self.to_arrow(), pa.array(where), strings))
 
 
 def from_strings(strings: Iterable[str]) -> Texts:

@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 import numpy as np
 
 from data_clean.damage import RAW_FEATURES, measure_raw
-from data_clean.features import COLUMN, measure
+from data_clean.features import COLUMN, FEATURES, measure
 from data_clean.keywords import automaton
 from data_clean.presets import LONG, PRESETS, RAW_RULES, RULES, Rule
 from data_clean.texts import Texts
@@ -80,6 +80,15 @@ class RuleSet:
             drops = values < limit if rule.drops == "below" else values > limit
             result[drops & is_long if rule.long_only else drops] = index
         return result
+
+
+def descriptions() -> dict[str, str]:
+    """What each rule drops, in words, for the report."""
+    names = FEATURES | RAW_FEATURES
+    return {
+        rule.name: f"{names[rule.feature]}{'低于' if rule.drops == 'below' else '高于'}阈值（出处：{rule.source}）"
+        for rule in RAW_RULES + RULES
+    }
 
 
 def check_preset(name: str) -> None:

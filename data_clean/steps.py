@@ -29,7 +29,7 @@ from data_clean.texts import Texts, concatenate, from_arrow
 from sources.aside import SetAside
 from sources.pieces import Piece, read_batches
 
-SHARD_BYTES = 128 << 20  # text of a shard; a worker holds it twice while it is written
+SHARD_BYTES = 64 << 20  # text of a shard; a worker holds it twice while it is written
 Judge = Callable[[RuleSet, Texts], tuple[np.ndarray, list[str]]]  # -> rules broken or -1, their names
 ROW_GROUP = 5000  # rows: readers stream parquet and hold one group
 PART = "part.parquet"

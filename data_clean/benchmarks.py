@@ -31,7 +31,7 @@ LETTERS = string.ascii_uppercase
 
 
 class Item(NamedTuple):
-    """A question of a benchmark with its options, or with its answer where it has none."""
+    """A question of a benchmark with its options, if it has any. Answers do not count: facts may be learnt."""
 
     file: Path
     row: int
@@ -130,7 +130,7 @@ def read_items(file: Path, aside: SetAside) -> Iterator[Item]:
 
 
 def question_and_options(row: dict[str, Any] | str) -> tuple[str, tuple[str, ...]]:
-    """The question of a row and its options, in the order printed; without options, its answer.
+    """The question of a row and its options, in the order printed.
 
     C-Eval and CMMLU have columns A, B, C, D, CMB `option: {A: …}`, others `options` or `choices` (a list, or
     {text: […]}); our own evaluation and instruction files have question/answer, prompt/answer and so on.
@@ -139,8 +139,7 @@ def question_and_options(row: dict[str, Any] | str) -> tuple[str, tuple[str, ...
         return row, ()
     fields = {name.lower(): value for name, value in row.items() if isinstance(name, str)}
     if not isinstance(fields.get("question"), str):
-        *_, question, answer = to_messages(row)["messages"]
-        return question["content"], (answer["content"],)
+        return to_messages(row)["messages"][-2]["content"], ()
     if not fields["question"].strip():
         raise Unusable("字段 question 为空")
     passage = fields.get("passage")
@@ -149,11 +148,10 @@ def question_and_options(row: dict[str, Any] | str) -> tuple[str, tuple[str, ...
 
 
 def options_of(fields: dict[str, Any]) -> list[Any]:
-    """The options of a row, or its answer; names of fields in lower case."""
+    """The options of a row, none for an open question; names of fields in lower case."""
     options = next((fields[name] for name in ("option", "options", "choices") if fields.get(name)), None)
     if isinstance(options, dict):
         options = options.get("text") or list(options.values())
-    if not isinstance(options, list):
-        lettered = [fields.get(letter.lower()) for letter in LETTERS]
-        options = [option for option in lettered if option is not None]
-    return options or [fields.get("answer") or ""]
+    if isinstance(options, list):
+        return options
+    return [fields[letter.lower()] for letter in LETTERS if fields.get(letter.lower()) is not None]

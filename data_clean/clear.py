@@ -25,7 +25,7 @@ import numpy as np
 from data_clean.boilerplate import frequent_lines
 from data_clean.duplicates import find_clusters, join_near
 from data_clean.page import write_page
-from data_clean.rules import check_limit, check_preset
+from data_clean.rules import check_limit, check_preset, descriptions
 from data_clean.shards import SLOTS, Corpus, Shard
 from data_clean.signatures import Settings
 from data_clean.steps import PART, ExtractJob, PartJob, Recipe, StripJob, extract, strip_lines, write_part
@@ -123,7 +123,7 @@ def main(cfg: Config) -> None:
         if parts:
             seconds = round(time.perf_counter() - begin, 3)
             report = {
-                **tally.report(),
+                **tally.report(descriptions()),
                 "set_aside": aside.report(),
                 "settings": settings(cfg),
                 "seconds": seconds,

@@ -23,11 +23,12 @@ def beginning(texts: Texts, index: int) -> str:
 
 
 def example_pairs(
-    corpus: Corpus, dropped: np.ndarray, kept: np.ndarray, ngram: int, most: int
+    corpus: Corpus, dropped: np.ndarray, kept: np.ndarray, ngram: int, most: int, least: float = 0.0
 ) -> list[dict[str, Any]]:
     """Some of the dropped documents beside what is kept instead, from the least similar pair to the most.
 
-    dropped, kept: (m,) numbers. The similarities are those of the n-gram sets, and all that occur are shown.
+    dropped, kept: (m,) numbers. Similarities are those of the n-gram sets; of those from `least` on, all that occur
+    are shown. Texts that differ come before copies.
     """
     chosen = np.unique(np.linspace(0, len(dropped) - 1, SAMPLED).astype(int))
     pairs = np.stack([dropped[chosen], kept[chosen]], axis=1)  # (sampled, 2)
@@ -40,7 +41,8 @@ def example_pairs(
     texts, names = corpus.texts(numbers), corpus.source_names(numbers)
     values = similarities(keys_of(texts), places, ngram)
     is_same = np.array([texts.text(one) == texts.text(other) for one, other in places.tolist()])
-    spread = spread_order(values + is_same)[:most]
+    spread = spread_order(values + is_same)
+    spread = spread[values[spread] >= least][:most]
     return [
         pair_example(texts, names, *places[i].tolist(), values[i]) for i in spread[np.argsort(values[spread])]
     ]

@@ -17,13 +17,14 @@ import numpy as np
 
 from data_clean.benchmarks import Benchmarks
 from data_clean.boilerplate import line_hashes, without_lines
+from data_clean.features import COLUMN, FEATURES
 from data_clean.keys import keys_of
 from data_clean.mask import mask_private
 from data_clean.normalise import normalise_batch
 from data_clean.rules import RuleSet, preset_of
 from data_clean.shards import SLOTS, Documents, Shard, write_shard
 from data_clean.signatures import Settings, Signatures, sign
-from data_clean.tally import Tally
+from data_clean.tally import SHARES, Tally
 from data_clean.texts import Texts, concatenate, from_arrow
 from sources.aside import SetAside
 from sources.pieces import Piece, read_batches
@@ -32,6 +33,13 @@ SHARD_BYTES = 128 << 20  # text of a shard; a worker holds it twice while it is 
 Judge = Callable[[RuleSet, Texts], tuple[np.ndarray, list[str]]]  # -> rules broken or -1, their names
 ROW_GROUP = 5000  # rows: readers stream parquet and hold one group
 PART = "part.parquet"
+SHOWN = (
+    "chinese",
+    "punctuation",
+    "digits",
+    "ended_lines",
+    "repeated_8gram",
+)  # features with a histogram in the report
 
 
 @dataclass(frozen=True)
@@ -186,7 +194,13 @@ class Cleaner:
         return self._drop(documents, lambda rules, texts: (rules.raw_verdicts(texts), rules.raw_names))
 
     def _filter(self, documents: Documents) -> Documents:
-        return self._drop(documents, lambda rules, texts: (rules.verdicts(texts), rules.names))
+        return self._drop(documents, self._judge)
+
+    def _judge(self, rules: RuleSet, texts: Texts) -> tuple[np.ndarray, list[str]]:
+        features = rules.measure(texts)
+        for name in SHOWN:
+            self.tally.histogram(FEATURES[name], features[:, COLUMN[name]], SHARES)
+        return rules.verdicts(texts, features), rules.names
 
     def _strip(self, documents: Documents, lines: np.ndarray) -> Documents:
         texts, lost = without_lines(documents.texts, lines)

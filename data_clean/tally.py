@@ -117,13 +117,16 @@ class Tally:
         keep: (documents,) bool, those that would stay without that. settings: what similarity means.
         """
         gone = (clusters.members != clusters.kept) & keep[clusters.members]
-        for rule, chosen in ((EXACT, gone & clusters.is_exact), (NEAR, gone & ~clusters.is_exact)):
+        # Of a cluster another document than its equal may stay: as examples of equal ones such pairs would confuse.
+        rules = ((EXACT, gone & clusters.is_exact, 1.0), (NEAR, gone & ~clusters.is_exact, 0.0))
+        for rule, chosen, least in rules:
             dropped, kept = clusters.members[chosen], clusters.kept[chosen]
             for start in range(0, len(dropped), BLOCK):
                 block = dropped[start : start + BLOCK]
                 self._count_dropped(rule, corpus.source_names(block), corpus.rows("length", block))
             if len(dropped):
-                self._add_examples(rule, example_pairs(corpus, dropped, kept, settings.ngram, EXAMPLES[rule]))
+                pairs = example_pairs(corpus, dropped, kept, settings.ngram, EXAMPLES[rule], least)
+                self._add_examples(rule, pairs)
         _, sizes = np.unique(clusters.kept, return_counts=True)
         self.histogram("重复的一组有几篇", sizes, SIZES)
         characters = sum(
@@ -241,7 +244,10 @@ class Tally:
         lines += [["保留", *(c["rows_out"] for c in columns.values())]]
         print("\n" + table(["", *columns], lines))
         for name, counts in self.counts.items():
-            print(f"{name}：" + "、".join(f"{key} {number:,}" for key, number in counts.items() if number))
+            if any(counts.values()):
+                print(
+                    f"{name}：" + "、".join(f"{key} {number:,}" for key, number in counts.items() if number)
+                )
 
 
 def add(total: Numbers, part: Numbers) -> None:

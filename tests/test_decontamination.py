@@ -261,8 +261,13 @@ def test_benchmark_files(tmp_path, name):
     assert len(aside) == 0 and benchmarks.report()["items"] == 1
     assert hits(benchmarks, f"问：{Q}", Q.replace("大熊猫", "北极熊"), "竹子") == [0, 0, -1]
     assert benchmarks.describe(0)["question"].endswith(Q) and benchmarks.describe(0)["row"] == 1
-    expected = ("竹子",) if name == "messages.jsonl" else A if len(benchmarks.items[0].options) == 4 else None
-    assert benchmarks.items[0].options == (expected or ("竹子，也吃少量竹笋",))
+    assert benchmarks.items[0].options in (A, ())
+
+
+def test_facts_may_be_learnt():
+    rows = {"请告诉我立秋是二十四节气中的第几个？": (), "在动物的分类当中，犀牛属于哪一类？": ()}
+    facts = ["立秋是二十四节气中的第十三个节气。", "在动物的分类当中，犀牛属于哺乳动物。"]
+    assert hits(Benchmarks(items(rows)), *facts, *rows) == [-1, -1, 0, 1]
 
 
 def test_lines_of_text_folders_and_bad_rows(tmp_path):

@@ -130,14 +130,16 @@ def show(results: dict[str, dict[str, float]], steps: dict[str, dict[str, float]
     header += ["内存合计 MB", "不含文件映射", "最大的进程"]
     every_step = list(dict.fromkeys(step for found in steps.values() for step in found))
     shares = [
-        [step, *(share(found.get(step, 0), sum(found.values())) for found in steps.values())]
+        [step, *(share(found.get(step, 0), results[name]["cpu"]) for name, found in steps.items())]
         for step in every_step
     ]
-    return table(header, rows) + "\n\n" + table(["步骤", *steps], shares)
+    rest = {name: results[name]["cpu"] - sum(found.values()) for name, found in steps.items()}
+    shares.append(["启动等其余", *(share(seconds, results[name]["cpu"]) for name, seconds in rest.items())])
+    return table(header, rows) + "\n\n" + table(["步骤的 CPU 时间", *steps], shares)
 
 
 def share(seconds: float, total: float) -> str:
-    return f"{seconds:.2f} 秒（{seconds / total:.0%}）" if total else "-"
+    return f"{seconds:.2f} 秒（{seconds / total:.0%}）"
 
 
 def main(cfg: Config) -> None:

@@ -231,7 +231,8 @@ def test_cleaning_script(tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "wait4"), reason="children cannot be measured here")
 def test_costs_count_what_a_child_starts():
-    child = "x = bytearray(b'1') * 150_000_000; sum(range(3_000_000)); print(len(x))"
+    # It stays long enough to be looked at several times.
+    child = "import time; x = b'1' * 150_000_000; sum(range(3_000_000)); time.sleep(1); print(len(x))"
     code = (
         f"import subprocess, sys; print(subprocess.check_output([sys.executable, '-c', {child!r}]).decode())"
     )

@@ -44,8 +44,8 @@ def bits_per_byte(
         x = torch.tensor([[eos, *rows[i][:-1], *[0] * (length - len(rows[i]))] for i in batch])  # (B, T)
         y = torch.tensor([[*rows[i], *[IGNORE] * (length - len(rows[i]))] for i in batch])
         with torch.inference_mode():
-            logits = model(x.to(model.rope.device)).float()  # (B, T, V)
-            loss = F.cross_entropy(logits.transpose(1, 2), y.to(logits.device), reduction="none")  # (B, T)
+            logits = model(x.to(model.rope.device)).flatten(0, 1).float()  # (B * T, V)
+            loss = F.cross_entropy(logits, y.flatten().to(logits.device), reduction="none").view(y.shape)
         nats[batch] = loss.double().sum(dim=1).cpu().numpy()
     with np.errstate(invalid="ignore"):
         return nats / np.log(2) / sizes

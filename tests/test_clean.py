@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -104,9 +105,7 @@ def test_command_line(raw):
     )  # works without a network
 
 
-def test_same_bytes_whatever_the_workers(raw, tmp_path):
-    """Pieces are small enough that both processes have several."""
-    folder, _ = raw
+def test_same_bytes_whatever_the_workers(tmp_path):
     big = tmp_path / "raw" / "big"
     rng = random.Random(1)
     for number in range(4):
@@ -201,7 +200,7 @@ def test_killed_at_any_moment_the_rerun_gives_the_same_bytes(longer, tmp_path):
     expected = bytes_of(longer / "out")
     assert bytes_of(tmp_path / "out") == expected
     rng = random.Random(6)
-    for _ in range(4):
+    for _ in range(2):
         shutil.rmtree(tmp_path / "out")
         for _ in range(3):  # the same run is killed again and again
             process = subprocess.Popen(
@@ -210,8 +209,7 @@ def test_killed_at_any_moment_the_rerun_gives_the_same_bytes(longer, tmp_path):
             time.sleep(rng.uniform(0.2, 1) * whole)
             process.send_signal(signal.SIGKILL)
             process.wait()
-        result = clear(*args)
-        assert result.returncode == 0, result.stderr
+        cleaned(*args)
         assert bytes_of(tmp_path / "out") == expected
 
 
@@ -264,10 +262,12 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
     limit = 150 << 20
     assert size > limit
     idle = subprocess.run(
-        [sys.executable, "-c", "import data_clean.clear, re; print(re.search(r'VmData:\\s+(\\d+)', open('/proc/self/status').read())[1])"],
+        [sys.executable, "-c", "import data_clean.clear\nprint(open('/proc/self/status').read())"],
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    limit += int(idle.stdout) * 1024  # what Python and the libraries take before anything is read
+    limit += (
+        int(re.search(r"VmData:\s+(\d+)", idle.stdout)[1]) * 1024
+    )  # what Python and the libraries take before anything is read
     result = clear(
         "--data", tmp_path / "raw", "--out", tmp_path / "out", "--workers", 1, "--part_mb", 16,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)),

@@ -77,17 +77,25 @@ class Tally:
             add(self._source(name), {f"rows_{way}": rows, f"characters_{way}": total})
         return int(characters.sum())
 
-    def drop(self, rule: str, texts: Texts, sources: np.ndarray, indices: np.ndarray) -> None:
-        """Count the texts at these positions as dropped, with the first of them as examples."""
-        dropped = texts.take(indices)
-        self._count_dropped(rule, sources[indices], dropped.characters)
-        self._add_examples(
-            rule,
-            (
-                {"source": sources[index], "text": beginning(texts, index)}
-                for index in indices[: EXAMPLES.get(rule, FEW)].tolist()
-            ),
-        )
+    def drop(
+        self,
+        rule: str,
+        texts: Texts,
+        sources: np.ndarray,
+        indices: np.ndarray,
+        values: np.ndarray | None = None,
+    ) -> None:
+        """Count the texts at these positions as dropped, with the first of them as examples.
+
+        sources: (n,) names of data sets. values: (n,) what the rule measured, to be shown with the examples.
+        """
+        self._count_dropped(rule, sources[indices], texts.take(indices).characters)
+        examples = []
+        for index in indices[: EXAMPLES.get(rule, FEW)].tolist():
+            examples.append({"source": sources[index], "text": beginning(texts, index)})
+            if values is not None:
+                examples[-1]["value"] = round(float(values[index]), 4)
+        self._add_examples(rule, examples)
 
     def drop_contaminated(
         self, texts: Texts, sources: np.ndarray, hits: np.ndarray, benchmarks: Benchmarks

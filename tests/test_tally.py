@@ -153,6 +153,15 @@ def test_descriptions_are_given_only_to_rules_that_dropped_something():
     assert list(rules) == ["过短"] and rules["过短"]["description"] == "文字少于 10 个"
 
 
+def test_examples_show_what_the_rule_measured():
+    tally = Tally()
+    tally.drop(
+        "困惑度过高", from_strings(["好文", "乱文"]), names("甲", "乙"), np.array([1]), np.array([0.5, 7.25])
+    )
+    example = {"source": "乙", "text": "乱文", "value": 7.25}
+    assert json.loads(json.dumps(tally.to_json()))["examples"] == {"困惑度过高": [example]}
+
+
 def test_contaminated_documents_are_listed_with_their_questions():
     question = "大熊猫在自然界里主要以哪一种植物的茎叶为食？"
     benchmarks = Benchmarks([Item(Path("题.csv"), 7, question, ("竹子", "松针"))])

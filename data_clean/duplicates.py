@@ -9,9 +9,12 @@ Memory: 5 bytes per document and, whatever the size of the corpus, about 0.6 GB 
 signatures and texts that are being compared; everything else stays on disk.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import combinations, pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
@@ -20,8 +23,9 @@ from tqdm import tqdm
 
 from data_clean.jaccard import similarities
 from data_clean.keys import keys_of
-from data_clean.shards import Corpus, Shard
-from data_clean.signatures import Settings
+from data_clean.shards import Corpus, Documents, Shard, write_shard
+from data_clean.signatures import Settings, sign
+from data_clean.texts import from_strings
 
 PARTITION = 1 << 24  # keys sorted at a time
 BLOCK = 1 << 18  # documents whose signatures are compared at a time
@@ -29,6 +33,7 @@ MOST_COMPARED = 256  # documents of its bucket that one is compared with: no buc
 VERIFY_CHARACTERS = 4 << 20  # of the candidate pairs that a thread verifies at a time
 
 Column = Callable[[Shard], np.ndarray]  # the keys of a shard's documents, (count,) uint64
+Join = Callable[[Corpus, np.ndarray, np.ndarray, Settings], None]  # corpus, parent, alive, settings
 Buckets = tuple[np.ndarray, np.ndarray]  # members (m,) int64, and where each one's bucket begins, (m,) int64
 
 
@@ -41,44 +46,71 @@ class Clusters(NamedTuple):
 
 
 def find_clusters(
-    corpus: Corpus, settings: Settings, rank: Callable[[str], int] = lambda source: 0, threads: int = 1
+    corpus: Corpus, settings: Settings, join: Join, rank: Callable[[str], int] = lambda source: 0
 ) -> Clusters:
     """Find all duplicates of a corpus and choose what stays.
 
-    rank: of a data set; lower is preferred. Of a cluster stays a reference document, else that of the best data
-    set, of these the longest, of these the first.
+    join: unites near duplicates, see `join_near`. rank: of a data set; lower is preferred. Of a cluster stays a
+    reference document, else that of the best data set, of these the longest, of these the first.
     """
-    parent = np.arange(len(corpus), dtype=np.int32 if len(corpus) < 2**31 else np.int64)
+    parent = apart(corpus)
+    alive = join_equal(corpus, parent)
+    join(corpus, parent, alive, settings)
+    return choose(corpus, parent, rank)
+
+
+def apart(corpus: Corpus) -> np.ndarray:
+    """A union-find in which every document is alone."""
+    return np.arange(len(corpus), dtype=np.int32 if len(corpus) < 2**31 else np.int64)
+
+
+def join_equal(corpus: Corpus, parent: np.ndarray) -> np.ndarray:
+    """Unite the documents with equal keys; returns which are still to be compared, (n,) bool."""
     alive = np.concatenate([np.empty(0, bool), *(shard.column("exact") > 0 for shard in corpus.shards)])
     for members, begins in buckets(corpus, alive, lambda shard: shard.column("exact")):
         unite(parent, members, members[begins])
         alive[members[begins != np.arange(len(begins))]] = False  # the first speaks for its equals
+    return alive
+
+
+def join_near(
+    corpus: Corpus, parent: np.ndarray, alive: np.ndarray, settings: Settings, threads: int = 1
+) -> None:
+    """Unite near duplicates, in `parent`, among the documents that are `alive`."""
     if settings.method == "minhash":
-        join_by_minhash(corpus, parent, alive, settings, threads)
+        join_by_minhash(corpus, parent, alive, settings, range(settings.bands), threads)
     elif settings.method == "simhash":
         join_by_simhash(corpus, parent, alive, settings)
-    return choose(corpus, parent, rank)
 
 
 def join_by_minhash(
-    corpus: Corpus, parent: np.ndarray, alive: np.ndarray, settings: Settings, threads: int
+    corpus: Corpus,
+    parent: np.ndarray,
+    alive: np.ndarray,
+    settings: Settings,
+    bands: Sequence[int],
+    threads: int = 1,
 ) -> None:
-    """Unite the documents that share a band and are similar, band by band."""
-    # The signature errs by less than four standard deviations, so hardly a true duplicate is missed here.
-    margin = 4 * (settings.threshold * (1 - settings.threshold) / settings.num_perm) ** 0.5
+    """Unite the documents that share one of these bands and are similar, band by band."""
+    # The signature errs by more than three standard deviations once in a thousand times.
+    margin = 3 * (settings.threshold * (1 - settings.threshold) / settings.num_perm) ** 0.5
     least_equal = int(np.ceil((settings.threshold - margin) * settings.num_perm))
     with ThreadPoolExecutor(threads) as pool:
-        for band in tqdm(range(settings.bands), desc="近似去重", unit=" 段", disable=None):
+        for band in tqdm(bands, desc="近似去重", unit=" 段", disable=None):
             for members, begins in buckets(corpus, alive, lambda shard, b=band: shard.column("bands")[b]):
                 low_bytes = corpus.rows("low_bytes", members)
-                next_one = np.arange(len(members)) - 1  # whom to compare with next, going back in the bucket
-                while True:
-                    left, right = candidates(begins, next_one, members, parent, low_bytes, least_equal)
-                    if not len(left):
-                        break
+                active = np.arange(len(members))
+                next_one = active - 1  # whom to compare with next, going back in the bucket
+                most = 1
+                while len(active):
+                    # At first one each: where it is similar, most others in the bucket need no comparison any more.
+                    left, right, active = candidates(
+                        active, begins, next_one, members, parent, low_bytes, least_equal, most
+                    )
                     pairs = np.stack([members[left], members[right]], axis=1)
                     similar = verify(corpus, pairs, settings.ngram, pool) >= settings.threshold
                     unite(parent, pairs[similar, 0], pairs[similar, 1])
+                    most *= 2
 
 
 def join_by_simhash(corpus: Corpus, parent: np.ndarray, alive: np.ndarray, settings: Settings) -> None:
@@ -141,6 +173,8 @@ def grouped(numbers: np.ndarray, keys: np.ndarray) -> Iterator[Buckets]:
 
 def verify(corpus: Corpus, pairs: np.ndarray, ngram: int, pool: ThreadPoolExecutor) -> np.ndarray:
     """Exact Jaccard similarity of pairs of documents, (m, 2) -> (m,)."""
+    if not len(pairs):
+        return np.empty(0)
     lengths = corpus.rows("length", pairs.ravel()).reshape(-1, 2).sum(axis=1)
     chunk = np.cumsum(lengths) // VERIFY_CHARACTERS
     chunks = np.split(pairs, np.flatnonzero(np.diff(chunk)) + 1)
@@ -156,13 +190,14 @@ def choose(corpus: Corpus, parent: np.ndarray, rank: Callable[[str], int]) -> Cl
     """Of each cluster the document that stays."""
     root = flatten(parent)
     joined = np.flatnonzero(root != np.arange(len(root)))
-    members = np.union1d(joined, root[joined])
+    if not len(joined):
+        return Clusters(joined, joined, joined > 0)
+    members = np.union1d(joined, root[joined]).astype(np.int64)
     sources = corpus.source_names(members)
     ranks = {name: rank(name) for name in set(sources)}
-    # From the most to the least preferred; the number, last, makes the order complete.
-    order = np.lexsort(
+    order = np.lexsort(  # from the most to the least preferred
         (
-            members,
+            corpus.rows("order", members),
             -corpus.rows("length", members).astype(np.int64),
             np.array([ranks[name] for name in sources], np.int64),
             ~corpus.is_reference(members),
@@ -175,6 +210,29 @@ def choose(corpus: Corpus, parent: np.ndarray, rank: Callable[[str], int]) -> Cl
     is_exact[order[np.unique(exact[order], return_index=True)[1]]] = False
     kept = np.array([kept_of[number] for number in root[members].tolist()], np.int64)
     return Clusters(members, kept, is_exact)
+
+
+class Result(NamedTuple):
+    """What `deduplicate` found."""
+
+    keep: np.ndarray  # (n,) bool
+    cluster: np.ndarray  # (n,) int64 position of the text that stays of each one's cluster
+
+
+def deduplicate(texts: Sequence[str], settings: Settings, threads: int = 1) -> Result:
+    """Duplicates among texts in memory, through the same steps as a corpus on disk."""
+    if not len(texts):
+        return Result(np.empty(0, bool), np.empty(0, np.int64))
+    with TemporaryDirectory() as folder:
+        order = np.arange(len(texts), dtype=np.uint64)
+        documents = Documents(from_strings(texts), np.full(len(texts), "", object), order)
+        signatures = sign(keys_of(documents.texts), settings)
+        names = write_shard(Path(folder, "0"), documents, signatures, np.zeros(len(texts), int), 1)
+        corpus = Corpus([Shard(Path(folder, "0"), names)])
+        clusters = find_clusters(corpus, settings, partial(join_near, threads=threads))
+    cluster = order.astype(np.int64)
+    cluster[clusters.members] = clusters.kept
+    return Result(cluster == order.astype(np.int64), cluster)
 
 
 @njit(cache=True, nogil=True)
@@ -202,16 +260,17 @@ def flatten(parent):
 
 
 @njit(cache=True, nogil=True)
-def candidates(begins, next_one, members, parent, low_bytes, least_equal):
-    """For every member the next one before it in its bucket that may be its duplicate and is not yet known as one.
+def candidates(active, begins, next_one, members, parent, low_bytes, least_equal, most):
+    """For each active member the next few before it in its bucket that may be duplicates and are not yet known.
 
-    next_one: (m,) where to look next, lowered here. Returns positions of pairs.
+    active: (k,) positions of members. next_one: (m,) where each one looks next, lowered here. most: how many to
+    find for each. Returns the positions of pairs, and who has not yet seen its whole bucket.
     """
-    left, right = [], []
-    for i in range(len(begins)):
+    left, right, going_on = [], [], []
+    for i in active:
         last = max(begins[i], i - MOST_COMPARED)
-        j = next_one[i]
-        while j >= last:
+        j, found = next_one[i], 0
+        while j >= last and found < most:
             if find(parent, members[i]) != find(parent, members[j]):
                 equal = 0
                 for p in range(low_bytes.shape[1]):
@@ -219,11 +278,12 @@ def candidates(begins, next_one, members, parent, low_bytes, least_equal):
                 if equal >= least_equal:
                     left.append(i)
                     right.append(j)
-                    j -= 1
-                    break
+                    found += 1
             j -= 1
         next_one[i] = j
-    return np.array(left, np.int64), np.array(right, np.int64)
+        if j >= last:
+            going_on.append(i)
+    return np.array(left, np.int64), np.array(right, np.int64), np.array(going_on, np.int64)
 
 
 @njit(cache=True, nogil=True)

@@ -6,13 +6,32 @@ every shard is half of a shuffle that never has the corpus in memory.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import cache, lru_cache
 from pathlib import Path
+from threading import Lock
+from typing import NamedTuple
 
 import numpy as np
 
+from data_clean.signatures import Signatures
 from data_clean.texts import Texts, concatenate
 
 TEXT = "text.bin"
+
+
+class Documents(NamedTuple):
+    """Some documents on their way through the steps."""
+
+    texts: Texts
+    sources: np.ndarray  # (n,) objects: names of data sets
+    order: np.ndarray  # (n,) uint64, ascending through the whole corpus
+
+    def where(self, keep: np.ndarray) -> "Documents":
+        """Those that are marked, (n,) bool."""
+        if keep.all():
+            return self
+        kept = np.flatnonzero(keep)
+        return Documents(self.texts.take(kept), self.sources[kept], self.order[kept])
 
 
 class Shard:
@@ -23,11 +42,26 @@ class Shard:
         self.folder, self.sources, self.is_reference = folder, list(sources), is_reference
         self.count = len(self.column("order"))
 
+    @property
+    def bytes(self) -> int:
+        return (self.folder / TEXT).stat().st_size
+
     def column(self, name: str) -> np.ndarray:
         return np.load(self.folder / f"{name}.npy", mmap_mode="r")
 
     def texts(self) -> Texts:
-        return Texts(np.memmap(self.folder / TEXT, np.uint8, "r"), self.column("starts"))
+        return Texts(
+            np.asarray(np.memmap(self.folder / TEXT, np.uint8, "r")), np.load(self.folder / "starts.npy")
+        )
+
+    def source_names(self) -> np.ndarray:
+        """The data set of each document, (count,) objects."""
+        return np.array(self.sources, object)[self.column("source")]
+
+    def part_of(self) -> np.ndarray:
+        """Number of the part of the output that each document goes to, (count,)."""
+        ends = self.column("parts")
+        return np.repeat(np.arange(len(ends) - 1), np.diff(ends))
 
     def part(self, number: int) -> slice:
         """The documents that go to this part of the output."""
@@ -36,22 +70,30 @@ class Shard:
 
 
 def write_shard(
-    folder: Path, texts: Texts, columns: dict[str, np.ndarray], part_of: np.ndarray, parts: int
-) -> None:
-    """Write texts and their columns (first axis: documents), ordered by part of the output.
+    folder: Path, documents: Documents, signatures: Sequence[np.ndarray], part_of: np.ndarray, parts: int
+) -> list[str]:
+    """Write documents as a shard, ordered by part of the output.
 
-    part_of: (n,) number of the part that each document goes to, below `parts`.
+    signatures: columns of `Signatures`, or nothing. part_of: (n,) number of the part that each document goes to,
+    below `parts`. Returns the names of the data sets, behind the codes in the column "source".
     """
     folder.mkdir()
     order = np.argsort(part_of, kind="stable")
-    ordered = texts.take(order)
-    ordered.data.tofile(folder / TEXT)
-    np.save(folder / "starts.npy", ordered.starts)
-    np.save(folder / "parts.npy", np.searchsorted(part_of[order], np.arange(parts + 1)))
+    texts = documents.texts.take(order)
+    texts.data.tofile(folder / TEXT)
+    names, codes = np.unique(documents.sources.astype(str), return_inverse=True)
+    columns = {
+        "order": documents.order,
+        "source": codes.astype(np.uint16),
+        **{name: column for name, column in zip(Signatures._fields, signatures, strict=False) if len(column)},
+    }
     for name, column in columns.items():
-        if len(column):
-            # Band keys are read band by band, everything else document by document.
-            np.save(folder / f"{name}.npy", column[order].T.copy() if name == "bands" else column[order])
+        # Band keys are read band by band, everything else document by document.
+        np.save(folder / f"{name}.npy", column[order].T.copy() if name == "bands" else column[order])
+    np.save(folder / "starts.npy", texts.starts)
+    np.save(folder / "length.npy", texts.characters.astype(np.uint32))
+    np.save(folder / "parts.npy", np.searchsorted(part_of[order], np.arange(parts + 1)))
+    return names.tolist()
 
 
 class Corpus:
@@ -62,6 +104,10 @@ class Corpus:
         self.firsts = np.cumsum(
             [0, *(shard.count for shard in shards)]
         )  # number of each shard's first document
+        # Opening a file costs more than reading a text from it.
+        self._column = cache(lambda shard, name: self.shards[shard].column(name))
+        self._open_text = lru_cache(maxsize=64)(lambda shard: open(self.shards[shard].folder / TEXT, "rb"))
+        self._lock = Lock()
 
     def __len__(self) -> int:
         return int(self.firsts[-1])
@@ -69,20 +115,33 @@ class Corpus:
     def rows(self, name: str, numbers: np.ndarray) -> np.ndarray:
         """Rows of a column for documents in any order, (m, ...)."""
         order = np.argsort(numbers, kind="stable")
-        parts = [shard.column(name)[local] for shard, local in self._by_shard(numbers[order])]
+        parts = [self._column(shard, name)[local] for shard, local in self._by_shard(numbers[order])]
         ordered = np.concatenate(parts)
         result = np.empty_like(ordered)
         result[order] = ordered
         return result
 
     def texts(self, numbers: np.ndarray) -> Texts:
-        """Texts of documents given in ascending order."""
-        return concatenate([shard.texts().take(local) for shard, local in self._by_shard(numbers)])
+        """Texts of documents given in ascending order.
+
+        They are read, not mapped: a process whose address space is limited can have a corpus of any size.
+        """
+        parts = []
+        for shard, local in self._by_shard(numbers):
+            starts = self._column(shard, "starts")
+            with self._lock:  # one position in each file
+                file = self._open_text(shard)
+                for start, end in zip(starts[local].tolist(), starts[local + 1].tolist(), strict=True):
+                    file.seek(start)
+                    parts.append(file.read(end - start))
+        sizes = np.array([0, *map(len, parts)], np.int64)
+        return Texts(np.frombuffer(b"".join(parts), np.uint8), sizes.cumsum())
 
     def source_names(self, numbers: np.ndarray) -> np.ndarray:
         """Names of the data sets of documents in ascending order, (m,) objects."""
         parts = [
-            np.array(s.sources, object)[s.column("source")[local]] for s, local in self._by_shard(numbers)
+            np.array(self.shards[shard].sources, object)[self._column(shard, "source")[local]]
+            for shard, local in self._by_shard(numbers)
         ]
         return np.concatenate([np.empty(0, object), *parts])
 
@@ -91,9 +150,8 @@ class Corpus:
         flags = np.array([shard.is_reference for shard in self.shards], bool)
         return flags[np.searchsorted(self.firsts, numbers, side="right") - 1]
 
-    def _by_shard(self, numbers: np.ndarray) -> Iterator[tuple[Shard, np.ndarray]]:
-        """Ascending document numbers as positions in the shards that hold them."""
+    def _by_shard(self, numbers: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """Ascending document numbers as (shard, positions in it)."""
         cuts = np.searchsorted(numbers, self.firsts)
-        for index, shard in enumerate(self.shards):
-            if cuts[index] < cuts[index + 1]:
-                yield shard, numbers[cuts[index] : cuts[index + 1]] - self.firsts[index]
+        for shard in np.flatnonzero(np.diff(cuts)).tolist():
+            yield shard, numbers[cuts[shard] : cuts[shard + 1]] - self.firsts[shard]

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 
 class Texts(NamedTuple):
@@ -21,6 +22,11 @@ class Texts(NamedTuple):
     def sizes(self) -> np.ndarray:
         """UTF-8 bytes of each text, (n,) int64."""
         return np.diff(self.starts)
+
+    @property
+    def characters(self) -> np.ndarray:
+        """Code points of each text, (n,) int64."""
+        return pc.utf8_length(self.to_arrow()).to_numpy(zero_copy_only=False).astype(np.int64)
 
     def text(self, index: int) -> str:
         return self.data[self.starts[index] : self.starts[index + 1]].tobytes().decode()
@@ -56,4 +62,10 @@ def concatenate(parts: list[Texts]) -> Texts:
     """All the texts of all parts, in order."""
     sizes = [part.sizes for part in parts]
     starts = np.concatenate([np.zeros(1, np.int64), *sizes]).cumsum()
-    return Texts(np.concatenate([part.data for part in parts] or [np.empty(0, np.uint8)]), starts)
+    return frozen(np.concatenate([np.empty(0, np.uint8), *(part.data for part in parts)]), starts)
+
+
+def frozen(data: np.ndarray, starts: np.ndarray) -> Texts:
+    """Texts of a new buffer, read-only as Arrow's are: compiled code would otherwise exist twice."""
+    data.flags.writeable = False
+    return Texts(data, starts)

@@ -190,9 +190,9 @@ def read_counts(results: list[dict[str, Any]]) -> Counts:
 
 def list_runs(work: WorkFolder, results: list[dict[str, Any]], names: list[str]) -> list[Run]:
     """The runs of all tasks; their entries number the sources by `names`."""
-    runs = []
+    runs, codes = [], {name: code for code, name in enumerate(names)}
     for task, result in enumerate(results):
-        positions = np.array([names.index(name) for name in result["sources"]], np.uint16)
+        positions = np.array([codes[name] for name in result["sources"]], np.uint32)
         folder = work.folder("tokenise", task)
         runs += [Run(*run_paths(folder, number), positions) for number in range(result["runs"])]
     return runs

@@ -25,7 +25,7 @@ ENTRY = np.dtype(
         ("tokens", "<u4"),  # with its <eos>
         ("characters", "<u4"),
         ("bytes", "<u4"),
-        ("source", "<u2"),  # position in a list of names
+        ("source", "<u4"),  # position in a list of names
         (
             "copy",
             "<i2",

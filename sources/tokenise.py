@@ -55,22 +55,27 @@ class SourceTally:
     """The names of a task's sources and what was read of each, before any is sampled or repeated."""
 
     def __init__(self) -> None:
-        self.read: dict[str, dict[str, int]] = {}
+        self.names: dict[str, int] = {}  # name -> code
+        self.counts = np.zeros((0, 2), np.int64)  # documents and characters by code
 
     def codes(self, names: pa.Array) -> np.ndarray:
-        """Positions of names in the list of all names so far, (n,)."""
+        """The codes of names, (n,) int64; a new name gets the next code."""
         names = names.dictionary_encode()
-        for name in names.dictionary.to_pylist():
-            self.read.setdefault(name, {"documents": 0, "characters": 0})
-        positions = {name: position for position, name in enumerate(self.read)}
-        codes = np.array([positions[name] for name in names.dictionary.to_pylist()], np.int64)
-        return codes[names.indices.to_numpy()]
+        codes = [self.names.setdefault(name, len(self.names)) for name in names.dictionary.to_pylist()]
+        return np.array(codes, np.int64)[names.indices.to_numpy()]
 
     def count(self, entries: np.ndarray) -> None:
-        for code, counts in enumerate(self.read.values()):
-            chosen = entries["source"] == code
-            counts["documents"] += int(np.count_nonzero(chosen))
-            counts["characters"] += int(entries["characters"][chosen].sum())
+        before, self.counts = self.counts, np.zeros((len(self.names), 2), np.int64)
+        self.counts[: len(before)] = before
+        np.add.at(self.counts[:, 0], entries["source"], 1)
+        np.add.at(self.counts[:, 1], entries["source"], entries["characters"])
+
+    def report(self) -> dict[str, dict[str, int]]:
+        """What was read by name, in the order of the codes."""
+        rows = zip(self.names, self.counts.tolist(), strict=True)
+        return {
+            name: {"documents": documents, "characters": characters} for name, (documents, characters) in rows
+        }
 
 
 def make_tasks(pieces: Sequence[Piece | TokenPiece], options: Options, compiled: bool) -> list[Task]:
@@ -94,14 +99,14 @@ def tokenise(task: Task, folder: Path) -> dict[str, Any]:
     for documents in read_documents(task, aside, sources):
         entries = describe(documents)
         sources.count(entries)
-        weights = np.array([options.weights.get(name, 1.0) for name in sources.read])[documents.sources]
+        weights = np.array([options.weights.get(name, 1.0) for name in sources.names])[documents.sources]
         copies = draw_copies(entries["hash"], weights)
         wanted = np.flatnonzero((copies > 0) | (entries["hash"] < options.validation))
         ids, counts = ids_of(documents, wanted, encoder)
         entries["tokens"][wanted] = counts
         writer.add(entries[wanted], before + wanted, copies[wanted], ids)
         before += len(entries)
-    return {"runs": writer.close(), "sources": sources.read, "set_aside": aside.report()}
+    return {"runs": writer.close(), "sources": sources.report(), "set_aside": aside.report()}
 
 
 def read_documents(task: Task, aside: SetAside, sources: SourceTally) -> Iterator[Documents]:

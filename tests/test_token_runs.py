@@ -42,7 +42,7 @@ def write_runs(folder, tasks, seed, batch: int) -> list[Run]:
             copies = np.array([r[2] for r in rows], np.int64)
             writer.add(entries, np.arange(first, first + len(rows)), copies, ids)
             number += len(rows)
-        names = np.array([task], np.uint16)
+        names = np.array([task], np.uint32)
         runs += [Run(*run_paths(folder / str(task), n), names) for n in range(writer.close())]
     return runs
 

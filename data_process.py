@@ -41,7 +41,8 @@ from stage import (
 from workers import WorkFolder, file_key
 
 Counts = dict[str, dict[str, int]]  # of each source: documents, characters
-SMALL = 64 << 20  # bytes of corpus below which other processes and compiled code cost more than they gain
+# Bytes of corpus from which more costs less: compiled code takes about a second to start, processes two.
+COMPILED_FROM, PROCESSES_FROM = 64 << 20, 256 << 20
 
 
 @dataclass
@@ -157,12 +158,13 @@ def main(cfg: Config) -> None:
     options = Options(cfg.tokenizer, cfg.text_column, weights, seed, highest_limit(cfg.valid_fraction))
     files = file_key(list(dict.fromkeys(piece.file for piece in pieces)))
     key = {"options": options, "pieces": pieces, "files": files, "tokenizer": tokenizer.sha256}
-    is_large = sum(piece.size for piece in pieces) > SMALL
-    tasks = make_tasks(pieces, options, compiled=is_large)
+    size = sum(piece.size for piece in pieces)
+    tasks = make_tasks(pieces, options, compiled=size >= COMPILED_FROM)
     start = time.perf_counter()
     with WorkFolder(cfg.out.with_name(f".{cfg.out.name}.work"), key) as work:
         sizes = [task.size for task in tasks]
-        results = work.run("tokenise", tokenise, tasks, sizes, cfg.workers if is_large else 1, "分词")
+        workers = cfg.workers if size >= PROCESSES_FROM else 1
+        results = work.run("tokenise", tokenise, tasks, sizes, workers, "分词")
         read = read_counts(results)
         check_names(weights, read)
         train, valid, report = write(cfg, tokenizer, list_runs(work, results, list(read)), read)

@@ -8,6 +8,7 @@ text has 1.4 characters on average, and of English text it is about a word.
 """
 
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -47,17 +48,15 @@ def compile_vocabulary(model: ModelFile) -> Vocabulary:
     # Equal scores keep an equal rank: then the leftmost pair goes first.
     ranks = np.unique(-np.array(model.scores, np.float32), return_inverse=True)[1].tolist()
 
-    def symbol(text: str) -> int:
-        i = ids.get(text, -1)
-        return pieces + ord(text) if i < 0 and len(text) == 1 else i
-
     merges, neighbours = {}, set()
     for piece, i in ids.items():
+        characters = [ids.get(character, pieces + ord(character)) for character in piece]
+        neighbours.update(left << 32 | right for left, right in pairwise(characters))
         for cut in range(1, len(piece)):
-            left, right = symbol(piece[:cut]), symbol(piece[cut:])
+            left = characters[0] if cut == 1 else ids.get(piece[:cut], -1)
+            right = characters[-1] if cut == len(piece) - 1 else ids.get(piece[cut:], -1)
             if left >= 0 and right >= 0:
                 merges[left << 32 | right] = ranks[i] << 32 | i
-            neighbours.add(symbol(piece[cut - 1]) << 32 | symbol(piece[cut]))
     byte_ids = np.array([model.pieces.index(f"<0x{byte:02X}>") for byte in range(256)], np.int32)
     return Vocabulary(pieces, symbols, _bit_table(neighbours), _hash_table(merges), byte_ids)
 

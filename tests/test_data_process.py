@@ -306,7 +306,7 @@ def test_weights_of_the_sources_inside_parquet(tmp_path, vocabulary, texts):
 AS_IF_LARGE = """
 import functools, sys
 import data_process, sources.pieces, sources.tokenise, stage
-data_process.SMALL = 0
+data_process.COMPILED_FROM = data_process.PROCESSES_FROM = 0
 sources.tokenise.PIECE_BYTES = 60_000
 data_process.split_into_pieces = functools.partial(sources.pieces.split_into_pieces, piece_bytes=50_000)
 stage.run_stage(data_process.Config, data_process.main)

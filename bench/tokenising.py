@@ -4,7 +4,7 @@ The plain way is one process that gives SentencePiece one text after the other, 
 list, and writes `np.array(ids).tofile(...)`. It and data_process.py, with one and with several processes, start
 afresh on the same JSON lines, in turn, for several rounds. Printed are the median megabytes of UTF-8 text a
 second with all that a run needs (starting Python, loading the vocabulary, compiled code, writing), the ratio to
-the plain way, and the most memory that a run and its processes had resident at once.
+the plain way, processor seconds, and the most memory that a run and its processes had resident at once.
 
 Checked for every size: all numbers of processes write the same bytes, and without shuffling these are the bytes
 of the plain way.
@@ -149,11 +149,12 @@ def show(size: int, costs: dict[str, list[Cost]]) -> None:
                 size / 1e6 / walls[name],
                 walls[PLAIN] / walls[name] if PLAIN in walls else "-",
                 f"{min(seconds):.1f} 至 {max(seconds):.1f}",
+                statistics.median(cost.cpu for cost in values),
                 max(cost.memory for cost in values) / 1e6,
             ]
         )
     print(f"\n{size / 1e6:,.0f} MB 文本，输出逐字节相同：")
-    print(table(["做法", "MB/s", "倍数", "秒", "内存峰值 MB"], rows), flush=True)
+    print(table(["做法", "MB/s", "倍数", "秒", "处理器秒", "内存峰值 MB"], rows), flush=True)
 
 
 if __name__ == "__main__":

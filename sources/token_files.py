@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -73,8 +74,9 @@ def open_token_files(
     happens between the two, no file is there without one, and one that does not fit is found by its size.
     """
     for path in paths:
-        for leftover in path.parent.glob(f".{path.name}.tmp-*"):  # of a run that was killed
-            remove(leftover)
+        for name in (path.name, sidecar_path(path).name):
+            for leftover in path.parent.glob(f".{escape(name)}.tmp-*"):  # of a run that was killed
+                remove(leftover)
     with ExitStack() as stack:
         files, sidecars = [], []
         for path in paths:

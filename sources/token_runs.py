@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 RUN_BYTES = 64 << 20  # ids that a worker holds before it writes a run
-RANGE_BYTES = 128 << 20  # ids read at a time when the runs are put together; as much again for sorting them
+RANGE_BYTES = 64 << 20  # ids read at a time when the runs are put together; as much again for sorting them
 SAMPLE_TOKENS = 1 << 16  # one number is looked at for so many tokens to find ranges of equal size
 
 ENTRY = np.dtype(
@@ -52,8 +52,8 @@ class RunWriter:
         """task: its number. seed: of the shuffle; None to keep the order of the corpus."""
         self.folder, self.task, self.seed = folder, task, seed
         self.entries: list[np.ndarray] = []
-        self.ids: list[np.ndarray] = []
-        self.held = self.runs = 0
+        self.ids, self.dtype = bytearray(), np.dtype(np.uint16)
+        self.runs = 0
 
     def add(self, entries: np.ndarray, numbers: np.ndarray, copies: np.ndarray, ids: np.ndarray) -> None:
         """Take documents, (n,) ENTRY without `order` and `copy`, and their ids, one behind the other.
@@ -69,9 +69,9 @@ class RunWriter:
         if len(which) > len(entries):
             ids = gather(ids, starts_of(entries["tokens"]), which)
         self.entries.append(copied)
-        self.ids.append(ids)
-        self.held += ids.nbytes
-        if self.held >= RUN_BYTES:
+        self.ids += np.ascontiguousarray(ids).data
+        self.dtype = ids.dtype
+        if len(self.ids) >= RUN_BYTES:
             self._write()
 
     def close(self) -> int:
@@ -81,16 +81,13 @@ class RunWriter:
         return self.runs
 
     def _write(self) -> None:
-        entries, ids = np.concatenate(self.entries), np.concatenate(self.ids)
-        self.entries, self.ids, self.held = [], [], 0
+        entries, ids = np.concatenate(self.entries), np.frombuffer(self.ids, self.dtype)
         order = np.argsort(entries["order"])
-        for path, part in zip(
-            run_paths(self.folder, self.runs),
-            (entries[order], gather(ids, starts_of(entries["tokens"]), order)),
-            strict=True,
-        ):
+        parts = entries[order], gather(ids, starts_of(entries["tokens"]), order)
+        for path, part in zip(run_paths(self.folder, self.runs), parts, strict=True):
             with open(path, "wb") as handle:
                 handle.write(part.data)
+        self.entries, self.ids = [], bytearray()
         self.runs += 1
 
 
@@ -161,9 +158,13 @@ def in_order(
         if not used:
             continue
         entries = np.concatenate([read_entries(run, a[0], b[0]) for run, a, b in used])
-        ids = np.concatenate(
-            [np.fromfile(run.ids, dtype, b[1] - a[1], offset=a[1] * dtype.itemsize) for run, a, b in used]
-        )
+        ids = np.empty(entries["tokens"].sum(dtype=np.int64), dtype)
+        filled = 0
+        for run, (_, first), (_, stop) in used:
+            with open(run.ids, "rb") as handle:
+                handle.seek(first * dtype.itemsize)
+                handle.readinto(ids[filled : filled + stop - first].data)
+            filled += stop - first
         order = np.argsort(entries["order"])
         order = order[(entries["hash"][order] >= least_hash) & (entries["copy"][order] >= 0)]
         yield entries[order], gather(ids, starts_of(entries["tokens"]), order)

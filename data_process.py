@@ -42,7 +42,7 @@ from workers import WorkFolder, file_key
 
 Counts = dict[str, dict[str, int]]  # of each source: documents, characters
 # Bytes of corpus from which more costs less: compiled code takes about a second to start, processes two.
-COMPILED_FROM, PROCESSES_FROM = 32 << 20, 128 << 20
+COMPILED_FROM, PROCESSES_FROM = 32 << 20, 96 << 20
 
 
 @dataclass

@@ -26,13 +26,10 @@ ENTRY = np.dtype(
         ("characters", "<u4"),
         ("bytes", "<u4"),
         ("source", "<u4"),  # position in a list of names
-        (
-            "copy",
-            "<i2",
-        ),  # 0, 1, … for those of a repeated document; NOT_TRAINED if its source is sampled without it
+        ("copy", "<i2"),  # 0, 1, … of a document that is trained on repeatedly, or NOT_TRAINED
     ]
 )
-NOT_TRAINED = -1
+NOT_TRAINED = -1  # its source is sampled without it; it may still validate
 MOST_COPIES = 63  # copies, tasks and documents of a task share the 64 bits of `order`
 TASK_BITS, DOCUMENT_BITS = 22, 36
 
@@ -143,9 +140,12 @@ def documents_below(
         entries = read_entries(run)
         starts = starts_of(entries["tokens"])
         chosen = np.flatnonzero((entries["hash"] < limit) & (entries["copy"] <= 0))
-        if len(chosen):
-            ids = np.memmap(run.ids, dtype, "r")
-            yield entries[chosen], np.concatenate([ids[starts[i] : starts[i + 1]] for i in chosen])
+        with open(run.ids, "rb") as handle:
+            parts = [np.empty(0, dtype)]
+            for i in chosen.tolist():
+                handle.seek(starts[i] * dtype.itemsize)
+                parts.append(np.fromfile(handle, dtype, entries["tokens"][i]))
+        yield entries[chosen], np.concatenate(parts)
 
 
 def in_order(

@@ -81,9 +81,9 @@ class SourceTally:
 def make_tasks(pieces: Sequence[Piece | TokenPiece], options: Options, compiled: bool) -> list[Task]:
     """Group pieces: many small files would otherwise be as many folders of results."""
     groups: list[list[Piece | TokenPiece]] = []
-    size = PIECE_BYTES
+    size = 0
     for piece in pieces:
-        if size + piece.size > PIECE_BYTES:
+        if not groups or size + piece.size > PIECE_BYTES:
             groups.append([])
             size = 0
         groups[-1].append(piece)

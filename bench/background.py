@@ -85,10 +85,10 @@ def load_background(data: Path | None) -> Background:
         room -= len(parts[-1])
         if room <= 0:
             break
-    source = "\n".join(parts)
-    if len(source) < 10_000:
-        raise UserError(f"{data} 里的文字不足一万字，模仿不出像样的语料；请换更大的语料，或不填 --data。")
-    return Background(source)
+    background = Background("\n".join(parts) + "\n" * RUNS.max())
+    if len(background.letters) < 10_000:
+        raise UserError(f"{data} 里的汉字不足一万，模仿不出像样的语料；请换更大的中文语料，或不填 --data。")
+    return background
 
 
 def demo_texts() -> Iterator[str]:

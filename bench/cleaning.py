@@ -7,8 +7,11 @@ does by default. The original's kind is slow and takes only the beginning of the
 import json
 import statistics
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script from any folder
@@ -20,7 +23,7 @@ from bench.corpus import corpus_folder
 from bench.engines import original
 from bench.measure import ONE_THREAD, Cost, run_measured
 from sources.report import settings, table, write_json
-from stage import ROOT, StageConfig, remove, require, run_stage
+from stage import ROOT, StageConfig, require, run_stage
 
 BASELINE = "原项目的写法"
 MIN_CHARACTERS = 10  # shorter texts are dropped before the rest, as by our default
@@ -68,14 +71,13 @@ def clean_as_original(folder: str, out: str, documents: int) -> None:
 
 def run_ours(folder: Path, out: Path, workers: int) -> tuple[Cost, dict[str, Any]]:
     """One run of our stage; also its report."""
-    remove(out)
     command = [sys.executable, ROOT / "data_clean" / "clear.py", "--data", folder, "--out", out]
     _, cost = run_measured([*command, "--workers", workers])
     return cost, json.loads((out / "report.json").read_text(encoding="utf-8"))
 
 
 def run_original(folder: Path, out: Path, documents: int) -> Cost:
-    remove(out)
+    """One run of the original's kind over the first `documents` rows."""
     job = json.dumps({"folder": str(folder), "out": str(out), "documents": documents})
     return run_measured([sys.executable, __file__, "--worker", job], ONE_THREAD)[1]
 
@@ -90,14 +92,25 @@ def measure(cfg: Config, corpus: Path) -> tuple[dict[str, list[dict]], dict[str,
     steps: dict[str, list[dict]] = {}
     for _ in tqdm(range(cfg.rounds), unit=" 轮", disable=None):
         for workers in cfg.workers:
-            name, out = f"本项目，{workers} 个进程", cfg.folder / f"clean-{workers}"
-            cost, report = run_ours(corpus, out, workers)
-            runs.setdefault(name, []).append(result(cost, cfg.documents, out))
+            name = f"本项目，{workers} 个进程"
+            with new_folder(cfg.folder) as out:
+                cost, report = run_ours(corpus, out, workers)
+                runs.setdefault(name, []).append(result(cost, cfg.documents, out))
             steps.setdefault(name, []).append({s["step"]: s["seconds"] for s in report["steps"]})
         if cfg.baseline:
-            documents, out = min(cfg.baseline, cfg.documents), cfg.folder / "clean-original"
-            runs.setdefault(BASELINE, []).append(result(run_original(corpus, out, documents), documents, out))
+            documents = min(cfg.baseline, cfg.documents)
+            with new_folder(cfg.folder) as out:
+                cost = run_original(corpus, out, documents)
+                runs.setdefault(BASELINE, []).append(result(cost, documents, out))
     return runs, steps
+
+
+@contextmanager
+def new_folder(parent: Path) -> Iterator[Path]:
+    """A folder to be made for results that nobody needs afterwards."""
+    parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=parent) as folder:
+        yield Path(folder) / "clean"
 
 
 def result(cost: Cost, documents: int, out: Path) -> dict[str, float]:
@@ -139,7 +152,8 @@ def main(cfg: Config) -> None:
     corpus = corpus_folder(cfg.folder, cfg.documents, *recipe, cfg.files)
     if cfg.workers:
         small = corpus_folder(cfg.folder, min(WARM_UP, cfg.documents), *recipe)
-        run_ours(small, cfg.folder / "clean-1", 1)
+        with new_folder(cfg.folder) as out:
+            run_ours(small, out, 1)
     runs, steps = measure(cfg, corpus)
     results = {name: medians(found) for name, found in runs.items()}
     shares = {name: medians(found) for name, found in steps.items()}

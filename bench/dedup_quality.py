@@ -129,6 +129,8 @@ def judge(truth: Truth, keep: np.ndarray) -> dict[str, Any]:
             name: [int(is_false[truth.category == name].sum()), int((truth.category == name).sum())]
             for name in dict.fromkeys(truth.category.tolist())
         },
+        # Alike to a document that was removed in its turn, but to none that stays.
+        "chained": int((is_false & (nearest_kept(pairs, np.ones_like(keep)) >= THRESHOLD)).sum()),
         "groups": {
             "none": int((stay == 0).sum()),
             "one": int((stay == 1).sum()),
@@ -156,15 +158,18 @@ def show(results: dict[str, dict[str, Any]]) -> str:
         + [*r["groups"].values(), "、".join(str(kept) for kept, _ in r["clusters"])]
         for name, r in results.items()
     ]
-    false = [[name, *(count for count, _ in r["false"].values())] for name, r in results.items()]
+    false = [
+        [name, *(count for count, _ in r["false"].values()), r["chained"]] for name, r in results.items()
+    ]
+    clusters = "、".join(f"{size:,} 篇" for _, size in first["clusters"]) or "无"
     pairs = "、".join(f"{name} {total:,} 对" for name, (_, total) in first["recall"].items())
     documents = "、".join(f"{name} {total:,} 篇" for name, (_, total) in first["false"].items())
     return (
         f"相似度在各区间的文档对，至多留下一篇的比例（{pairs}；最后一个区间低于阈值，不该删）；\n"
-        f"整组互相重复的组留下 0 篇、1 篇、更多篇的各有多少；大簇（{first['clusters'] or '无'}）留下几篇\n"
+        f"整组互相重复的组留下 0 篇、1 篇、更多篇的各有多少；大簇（{clusters}）留下几篇\n"
         + table(["方法", "删去", *first["recall"], "组留 0", "组留 1", "组留多", "大簇留下"], found)
-        + f"\n\n误删：留下的文档与它的相似度都不到 {THRESHOLD}（{documents}）\n"
-        + table(["方法", *first["false"]], false)
+        + f"\n\n误删：留下的文档与它的相似度都不到 {THRESHOLD}（{documents}）；连锁：与它相似的也都被删了\n"
+        + table(["方法", *first["false"], "其中连锁"], false)
     )
 
 

@@ -16,6 +16,7 @@ HALF_WIDTH = str.maketrans("，。！？：；（）“”‘’、", ",.!?:;()\
 
 
 def same(text: str, rate: float, random: np.random.Generator, background: Background) -> str:
+    """Change nothing."""
     return text
 
 
@@ -57,6 +58,7 @@ def other_signs(text: str, rate: float, random: np.random.Generator, background:
 
 
 def traditional(text: str, rate: float, random: np.random.Generator, background: Background) -> str:
+    """Replace simplified characters by traditional ones, as OpenCC's phrases tell."""
     return _opencc().convert(text)
 
 

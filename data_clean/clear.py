@@ -181,6 +181,7 @@ def extract_all(
         tally.merge(result["tally"])
         aside.merge(result["aside"])
         shards += result_shards(work, "extract", job.number, result, job.is_reference)
+    tally.step("读取", len(aside), 0, 0, 0, 0)  # rows that could not be used
     return shards
 
 

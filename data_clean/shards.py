@@ -116,7 +116,7 @@ class Corpus:
         """Rows of a column for documents in any order, (m, ...)."""
         order = np.argsort(numbers, kind="stable")
         parts = [self._column(shard, name)[local] for shard, local in self._by_shard(numbers[order])]
-        ordered = np.concatenate(parts)
+        ordered = np.concatenate([self._column(0, name)[:0], *parts])
         result = np.empty_like(ordered)
         result[order] = ordered
         return result

@@ -136,7 +136,8 @@ def read(job: ExtractJob, aside: SetAside, tally: Tally) -> Iterator[Documents]:
         position += texts.count
         if not job.is_reference:
             characters = tally.count_read(texts, sources)
-            tally.step("读取", texts.count, texts.count, characters, characters, time.process_time() - start)
+            seconds = time.process_time() - start
+            tally.step("读取", texts.count, texts.count, characters, characters, seconds)
         yield Documents(texts, sources, order)
         start = time.process_time()
 
@@ -171,8 +172,8 @@ class Cleaner:
         start = time.process_time()
         result = step(documents)
         seconds = time.process_time() - start
-        sizes = [int(d.texts.characters.sum()) for d in (documents, result)]
-        self.tally.step(name, documents.texts.count, result.texts.count, *sizes, seconds)
+        characters = [int(d.texts.characters.sum()) for d in (documents, result)]
+        self.tally.step(name, documents.texts.count, result.texts.count, *characters, seconds)
         return result
 
     def _normalise(self, documents: Documents) -> Documents:

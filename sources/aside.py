@@ -14,13 +14,14 @@ class SetAside:
     """Collects what could not be used: how often, in which file, why, and the first few examples."""
 
     def __init__(self, max_examples: int = 20) -> None:
+        self.rows = 0
         self.counts: Counter[tuple[str, str]] = Counter()
         self.examples: list[dict[str, Any]] = []
         self.remedies: dict[str, str] = {}
         self.max_examples = max_examples
 
     def __len__(self) -> int:
-        return self.counts.total()
+        return self.rows
 
     def add(
         self,
@@ -41,6 +42,7 @@ class SetAside:
         if key not in self.counts and len(self.counts) >= MAX_KINDS:
             key = key[0], reason.partition("（")[0]
         self.counts[key] += rows
+        self.rows += rows
         if remedy:
             self.remedies.setdefault(key[1], remedy)
         if self._has_room(is_first=self.counts[key] == rows):
@@ -54,6 +56,7 @@ class SetAside:
     def merge(self, report: dict[str, Any]) -> None:
         """Add what another process collected, given as its `report()`; in order of the work, not of its end."""
         known = set(self.counts)
+        self.rows += report["rows"]
         for entry in report["counts"]:
             self.counts[entry["file"], entry["reason"]] += entry["rows"]
         for example in report["examples"]:

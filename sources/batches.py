@@ -38,26 +38,36 @@ def part_batches(part: Part, source: str, text_column: str | None) -> Iterator[B
 def _from_rows(
     rows: Iterable[tuple[int, Row]], source: str, report: FileAside, text_column: str | None
 ) -> Iterator[Batch]:
-    texts: list[str] = []
-    size = 0  # bytes of UTF-8, of which no character takes more than three here
+    texts: list[bytes] = []
+    size = 0
     for position, row in rows:
         try:
             text = row.strip() if isinstance(row, str) else row_text(row, text_column)
         except Unusable as reason:
             report.add(position, str(reason), row, remedy(str(reason)))
             continue
-        bytes_ = len(text) * (1 if text.isascii() else 3)
-        if texts and (size + bytes_ > BATCH_BYTES or len(texts) == BATCH_ROWS):
-            yield _batch(pa.array(texts, pa.large_string()), source)
+        data = text.encode()
+        if texts and (size + len(data) > BATCH_BYTES or len(texts) == BATCH_ROWS):
+            yield _batch(texts, source)
             texts, size = [], 0
-        texts.append(text)
-        size += bytes_
+        texts.append(data)
+        size += len(data)
     if texts:
-        yield _batch(pa.array(texts, pa.large_string()), source)
+        yield _batch(texts, source)
 
 
-def _batch(texts: pa.LargeStringArray, source: str) -> Batch:
-    return Batch(texts, pa.repeat(pa.scalar(source, pa.string()), len(texts)))
+def _batch(texts: list[bytes], source: str) -> Batch:
+    ends = np.fromiter(map(len, texts), np.int64, len(texts)).cumsum()
+    # Not pa.array or pa.scalar: they import pandas, which takes every worker half a second.
+    starts = pa.py_buffer(np.append(0, ends))
+    array = pa.LargeStringArray.from_buffers(len(texts), starts, pa.py_buffer(b"".join(texts)))
+    return Batch(array, _repeated(source, len(texts)))
+
+
+def _repeated(source: str, count: int) -> pa.StringArray:
+    name = source.encode()
+    starts = np.arange(count + 1, dtype=np.int32) * len(name)
+    return pa.StringArray.from_buffers(count, pa.py_buffer(starts), pa.py_buffer(name * count))
 
 
 def _parquet(part: Part, source: str, text_column: str | None) -> Iterator[Batch]:
@@ -127,11 +137,17 @@ def _stripped(
         report.add(first + int(np.argmin(is_valid)), BAD_TEXT, rows=int((~is_valid).sum()))
         texts = pc.if_else(pa.array(is_valid), texts, "")
     texts = pc.utf8_trim_whitespace(texts)  # what Python's str.strip takes off
-    is_full = pc.fill_null(pc.binary_length(texts), 0).to_numpy() > 0
+    is_full = _sizes(texts) > 0  # nulls take no bytes in what Arrow has computed
     is_empty = is_valid & ~is_full
     if is_empty.any():
         report.add(first + int(np.argmax(is_empty)), f"字段 {field} 为空", rows=int(is_empty.sum()))
     return texts, is_full
+
+
+def _sizes(texts: pa.LargeStringArray) -> np.ndarray:
+    """(n,) int64 bytes of each text; without Arrow's to_numpy, which imports pandas."""
+    starts = np.frombuffer(texts.buffers()[1], np.int64)
+    return np.diff(starts[texts.offset : texts.offset + len(texts) + 1])
 
 
 def _is_valid_utf8(texts: pa.LargeStringArray) -> np.ndarray:
@@ -147,7 +163,7 @@ def _is_valid_utf8(texts: pa.LargeStringArray) -> np.ndarray:
 def _sources(column: pa.Array | None, source: str, count: int) -> pa.StringArray:
     """(count,) the column's names, with `source` for those that are missing."""
     if column is None or not _is_text(column.type):
-        return pa.repeat(pa.scalar(source, pa.string()), count)
+        return _repeated(source, count)
     names = column.cast(pa.large_string())
     names = pc.if_else(pa.array(_is_valid_utf8(names)), names, None)
     return pc.fill_null(names, source).cast(pa.string())
@@ -155,7 +171,7 @@ def _sources(column: pa.Array | None, source: str, count: int) -> pa.StringArray
 
 def _bounded(batch: Batch) -> Iterator[Batch]:
     """The batch in slices of at most BATCH_BYTES, or one text."""
-    ends = pc.binary_length(batch.texts).to_numpy().cumsum()  # (n,) int64
+    ends = _sizes(batch.texts).cumsum()  # (n,)
     start = 0
     while start < len(ends):
         before = ends[start - 1] if start else 0

@@ -14,7 +14,7 @@ from sources.aside import FileAside, SetAside
 from sources.detect import HEAD, Container, detect
 from sources.json_rows import BAD_TEXT, Decode, encodable, exact_json, excerpt, json_lines, json_values, lines
 from sources.parquet import open_parquet, parquet_rows
-from sources.streams import DAMAGED, is_zip, open_file, open_member, zip_members
+from sources.streams import DAMAGED, is_zip, open_file, open_member, open_zip, zip_members
 
 Row = dict[str, Any] | str
 T = TypeVar("T")
@@ -61,7 +61,7 @@ def open_parts(
         if not is_zip(path):
             yield from _opened(report, lambda: open_file(path), as_csv, start, end)
             return
-        with zipfile.ZipFile(path) as archive:
+        with open_zip(path) as archive:
             members = zip_members(archive)
             if not members:
                 report.add(None, "zip 里没有数据文件")
@@ -150,7 +150,8 @@ def _text(part: Part) -> Iterator[tuple[int, Row]]:
 
 def _parquet(part: Part) -> Iterator[tuple[int, Row]]:
     file = open_parquet(part.handle, part.report)
-    return parquet_rows(file, part.report, part.start, part.end) if file else iter(())
+    if file:
+        yield from parquet_rows(file, part.report, part.start, part.end)
 
 
 def _csv(part: Part) -> Iterator[tuple[int, Row]]:

@@ -126,6 +126,9 @@ def json_values(
                 try:
                     row = decode(raw)
                 except BadRow as bad:
+                    if window.is_guess:
+                        window.guessed_wrong(start)
+                        break
                     if window.marker and window.marker in raw:  # a missing quote has joined two objects
                         window.position = start
                         raise ValueError from bad
@@ -134,7 +137,8 @@ def json_values(
                 else:
                     number += 1
                     yield number, row
-            break
+            else:
+                break
         except (ValueError, RecursionError):
             number += 1
             found = excerpt(window.data[window.position : window.position + EXCERPT])

@@ -1,7 +1,6 @@
 """Pieces of a corpus for worker processes, and the texts of a piece in batches of bounded size."""
 
 import io
-import zipfile
 from collections.abc import Iterable, Iterator
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -15,7 +14,7 @@ from sources.containers import open_parts
 from sources.detect import HEAD, detect
 from sources.files import OUR_OUTPUTS, list_files, source_name
 from sources.parquet import DAMAGED as PARQUET_DAMAGED
-from sources.streams import DAMAGED, is_plain, is_zip, open_file, zip_members
+from sources.streams import DAMAGED, is_plain, is_zip, open_file, open_zip, zip_members
 
 __all__ = ["PIECE_BYTES", "Batch", "Piece", "read_batches", "split_into_pieces"]
 PIECE_BYTES = 64 << 20
@@ -83,7 +82,7 @@ def _group_sizes(metadata: pq.FileMetaData) -> list[int]:
 
 def _split_zip(file: Path, root: Path, piece_bytes: int) -> list[Piece]:
     """Members next to each other that belong to one data set, up to `piece_bytes` together."""
-    with zipfile.ZipFile(file) as archive:
+    with open_zip(file) as archive:
         members = zip_members(archive)
     pieces: list[Piece] = []
     first = 0

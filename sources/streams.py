@@ -4,9 +4,11 @@ Everything streams: memory holds a megabyte or two, whatever a small compressed 
 """
 
 import io
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +50,17 @@ def is_zip(path: Path) -> bool:
         return handle.read(4) in (b"PK\x03\x04", b"PK\x05\x06")
 
 
+@contextmanager
+def open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
+    """An archive; raises OSError, BadZipFile, the latter for whatever zipfile makes of a damaged directory."""
+    try:
+        archive = zipfile.ZipFile(path)
+    except (NotImplementedError, ValueError, struct.error, EOFError) as error:
+        raise zipfile.BadZipFile(str(error)) from error
+    with archive:
+        yield archive
+
+
 def zip_members(archive: zipfile.ZipFile) -> list[Member]:
     """The data files of an archive, in its order."""
     path = Path(archive.filename)
@@ -56,13 +69,14 @@ def zip_members(archive: zipfile.ZipFile) -> list[Member]:
 
 
 def _name(info: zipfile.ZipInfo) -> str:
-    """A member's name; zip programs for Chinese Windows write GBK, which the format would read as cp437."""
-    if info.flag_bits & UTF8_NAME:
-        return info.filename
-    try:
-        return info.filename.encode("cp437").decode("gbk")
-    except UnicodeError:
-        return info.filename
+    """A member's name; without the flag of UTF-8 it is read as cp437, but macOS writes UTF-8 and Windows GBK."""
+    if not info.flag_bits & UTF8_NAME:
+        for encoding in ("utf-8", "gbk"):
+            try:
+                return info.filename.encode("cp437").decode(encoding)
+            except UnicodeError:
+                pass
+    return info.filename
 
 
 def open_file(path: Path) -> io.BufferedReader:
@@ -71,8 +85,11 @@ def open_file(path: Path) -> io.BufferedReader:
 
 
 def open_member(archive: zipfile.ZipFile, member: Member) -> io.BufferedReader:
-    """The unpacked bytes of a zip member that has no obstacle."""
-    return unpacked(_buffered(archive.open(member.info).read1))
+    """The unpacked bytes of a zip member that has no obstacle; raises OSError, BadZipFile."""
+    try:
+        return unpacked(_buffered(archive.open(member.info).read1))
+    except (NotImplementedError, RuntimeError, ValueError, struct.error) as error:
+        raise zipfile.BadZipFile(str(error)) from error
 
 
 def unpacked(handle: io.BufferedReader) -> io.BufferedReader:
@@ -100,25 +117,21 @@ def line_blocks(
 
     None stands for one line of more than LONGEST bytes.
     """
-    position = start
-    if start:  # the line that runs across `start` is that of the piece before
-        handle.seek(start - 1)
-        skipped = handle.readline(-1 if end is None else end - start + 1)
-        if not skipped.endswith(b"\n"):
-            return
-        position += len(skipped) - 1
+    position = start + _skip_to_line(handle, start, end) if start else 0
     pieces: list[bytes] = []  # of a line whose end was not read yet
+    size = 0  # their bytes
     while end is None or position < end:
         block = handle.read1(LINE_BLOCK)
-        cut = block.rfind(b"\n") + 1
-        pieces.append(block[:cut] if block and cut else block)
+        cut = block.rfind(b"\n") + 1 if block else 0
         if block and not cut:
-            if sum(map(len, pieces)) > LONGEST:
+            pieces.append(block)
+            size += len(block)
+            if size > LONGEST:
                 yield position, None
-                position += sum(map(len, pieces)) + _skip_line(handle)
-                pieces = []
+                position += size + _skip_line(handle)
+                pieces, size = [], 0
             continue
-        lines = b"".join(pieces)
+        lines = b"".join([*pieces, block[:cut]])
         if end is not None and position + len(lines) > end:
             lines = lines[: lines.find(b"\n", end - 1 - position) + 1 or None]
         if lines:
@@ -126,7 +139,14 @@ def line_blocks(
         if not block:
             return
         position += len(lines)
-        pieces = [block[cut:]]
+        pieces, size = [block[cut:]], len(block) - cut
+
+
+def _skip_to_line(handle: io.BufferedReader, start: int, end: int | None) -> int:
+    """Go to the first line that begins at `start` or behind, at most to `end`; returns how far behind."""
+    handle.seek(start - 1)
+    skipped = handle.readline(-1 if end is None else end - start + 1)
+    return len(skipped) - skipped.endswith(b"\n")
 
 
 def _skip_line(handle: io.BufferedReader) -> int:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import sys
 from collections import Counter
 
@@ -18,7 +19,7 @@ from bench.corpus import Corpus, read_texts, read_truth, write_corpus
 from bench.dedup_quality import Truth, describe, judge
 from bench.engines import ENGINES, gram_hashes, missing
 from bench.exact import all_pairs, jaccard, shingles
-from bench.measure import run_measured
+from bench.measure import PROC, run_measured
 from data_clean.keys import comparison_key
 from stage import UserError
 
@@ -200,6 +201,7 @@ def test_quality_script(tmp_path):
     assert "可选" in script("bench/dedup_quality.py", "--engines", "不存在", ok=False).stderr
 
 
+@pytest.mark.skipif(not hasattr(os, "wait4"), reason="children cannot be measured here")
 def test_speed_script(tmp_path):
     out = tmp_path / "s.json"
     names = ("本引擎 SimHash", "原项目")
@@ -212,6 +214,7 @@ def test_speed_script(tmp_path):
     assert all(r["documents"] == 300 and 0 < r["kept"] < 300 and r["rate"] > 0 for r in results)
 
 
+@pytest.mark.skipif(not hasattr(os, "wait4"), reason="children cannot be measured here")
 def test_cleaning_script(tmp_path):
     out = tmp_path / "c.json"
     script(
@@ -226,6 +229,7 @@ def test_cleaning_script(tmp_path):
     assert all(sum(found.values()) > 0 for found in steps.values())
 
 
+@pytest.mark.skipif(not hasattr(os, "wait4"), reason="children cannot be measured here")
 def test_costs_count_what_a_child_starts():
     child = "x = bytearray(b'1') * 150_000_000; sum(range(3_000_000)); print(len(x))"
     code = (
@@ -234,6 +238,8 @@ def test_costs_count_what_a_child_starts():
     printed, cost = run_measured([sys.executable, "-c", code])
     assert printed.split() == ["150000000"]
     assert cost.cpu > 0.02 and cost.wall > 0
-    assert cost.memory > 150e6 and cost.memory >= cost.largest > 150e6 and cost.anonymous > 150e6
+    assert cost.largest > 150e6
+    if PROC.is_dir():  # the parent of the large process is counted too
+        assert cost.memory > cost.largest and cost.memory > cost.anonymous > 150e6
     with pytest.raises(UserError, match="ZeroDivisionError"):
         run_measured([sys.executable, "-c", "1 / 0"])

@@ -22,13 +22,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from this
 
 import numpy as np
 
+from data_clean.benchmarks import NGRAM, Benchmarks
 from data_clean.boilerplate import frequent_lines
 from data_clean.duplicates import find_clusters, join_near
 from data_clean.page import write_page
 from data_clean.rules import check_limit, check_preset, descriptions
 from data_clean.shards import SLOTS, Corpus, Shard
 from data_clean.signatures import Settings
-from data_clean.steps import PART, ExtractJob, PartJob, Recipe, StripJob, extract, strip_lines, write_part
+from data_clean.steps import (
+    KEEP,
+    PART,
+    ExtractJob,
+    PartJob,
+    Recipe,
+    ScoreJob,
+    StripJob,
+    extract,
+    score,
+    strip_lines,
+    write_part,
+)  # fmt: skip
 from data_clean.tally import Tally
 from sources.aside import SetAside
 from sources.demo_corpus import ensure_demo
@@ -56,7 +69,12 @@ class Config(StageConfig):
     half_width: bool = False  # 全角字母、数字转半角（中文标点不变）
     boilerplate: int = 0  # 至少在这么多篇文档里出现的相同的行（页眉、声明之类）删去；0 为不删
     benchmarks: tuple[Path, ...] = ()  # 评测题（C-Eval、CMMLU、CMB 等文件或文件夹）：与之雷同的文档删去并列出
-    benchmark_ngram: int = 20  # 与评测题有这么长的相同字串（只计文字）即为雷同
+    benchmark_ngram: int = (
+        NGRAM  # 比对评测题的字符 n 元组长度；越短越能认出改动过的题，也越容易误删被题目引用的原文
+    )
+    model: Path | None = None  # 用这个检查点给去重之后的文档打分（每字节比特数），在下面两个界限之外的丢弃
+    min_bits: float = 0.0  # 每字节比特数低于此的丢弃：模型觉得太容易，多半是套话
+    max_bits: float = 100.0  # 每字节比特数高于此的丢弃：模型觉得太难，多半是噪声
     dedup: Literal["minhash", "simhash", "none"] = "minhash"  # 近似去重方法；simhash 较粗：不逐对核实
     engine: Literal["fast", "reference"] = (
         "fast"  # reference：用 datasketch、simhash 包的直白实现，供对照，慢几百倍
@@ -111,12 +129,16 @@ def main(cfg: Config) -> None:
     check_writable(cfg.out)
     jobs = extract_jobs(cfg)
     tally, aside, begin = Tally(), SetAside(), time.perf_counter()
+    if cfg.benchmarks:
+        Benchmarks.read(cfg.benchmarks, aside, cfg.benchmark_ngram)  # says now what is wrong with the files
     with WorkFolder(cfg.out.with_name(f".{cfg.out.name}.work"), work_key(cfg, jobs)) as work:
         shards = extract_all(cfg, jobs, work, tally, aside)
         if cfg.boilerplate:
             shards = strip_all(cfg, jobs[0].recipe, shards, work, tally)
         corpus = Corpus(shards)
         keep = without_duplicates(cfg, corpus, tally)
+        if cfg.model:
+            keep = without_outliers(cfg, corpus, keep, work, tally)
         parts = write_parts(cfg, corpus, keep, work, tally)
         tally.show()
         aside.show()
@@ -166,6 +188,7 @@ def work_key(cfg: Config, jobs: list[ExtractJob]) -> dict[str, Any]:
     """All that intermediate results depend on."""
     others = [file for path in cfg.benchmarks for file in list_files(path)]
     others += [cfg.block_words] if cfg.block_words else []
+    others += sorted(cfg.model.rglob("*.*")) if cfg.model else []
     files = sorted({job.piece.file for job in jobs}) + others
     return {**settings(cfg), "workers": None, "files": file_key(files)}
 
@@ -232,6 +255,21 @@ def source_rank(cfg: Config, corpus: Corpus) -> Callable[[str], int]:
     for name in cfg.prefer:
         require(name in known, "prefer", name, f"应为来源的名字（{'、'.join(sorted(known)[:20])}）")
     return lambda name: cfg.prefer.index(name) if name in cfg.prefer else len(cfg.prefer)
+
+
+def without_outliers(
+    cfg: Config, corpus: Corpus, keep: np.ndarray, work: WorkFolder, tally: Tally
+) -> np.ndarray:
+    """The documents that a model finds neither too easy nor too hard, (n,) bool; one process, which uses all cores."""
+    np.save(work.path / "unique.npy", keep)
+    jobs = [
+        ScoreJob(shard, int(first), work.path / "unique.npy", cfg.model, cfg.min_bits, cfg.max_bits)
+        for shard, first in zip(corpus.shards, corpus.firsts, strict=False)
+    ]
+    sizes = [shard.bytes for shard in corpus.shards]
+    for result in work.run("score", score, jobs, sizes, 1, "困惑度"):
+        tally.merge(result["tally"])
+    return np.concatenate([np.load(work.folder("score", n) / KEEP) for n in range(len(jobs))] or [keep])
 
 
 def write_parts(cfg: Config, corpus: Corpus, keep: np.ndarray, work: WorkFolder, tally: Tally) -> list[Path]:

@@ -129,8 +129,9 @@ def main(cfg: Config) -> None:
     check_writable(cfg.out)
     jobs = extract_jobs(cfg)
     tally, aside, begin = Tally(), SetAside(), time.perf_counter()
-    if cfg.benchmarks:
-        Benchmarks.read(cfg.benchmarks, aside, cfg.benchmark_ngram)  # says now what is wrong with the files
+    report: dict[str, Any] = {"settings": settings(cfg)}
+    if cfg.benchmarks:  # read in every process; what is wrong with the files is said here, and now
+        report["benchmarks"] = Benchmarks.read(cfg.benchmarks, aside, cfg.benchmark_ngram).report()
     with WorkFolder(cfg.out.with_name(f".{cfg.out.name}.work"), work_key(cfg, jobs)) as work:
         shards = extract_all(cfg, jobs, work, tally, aside)
         if cfg.boilerplate:
@@ -143,14 +144,8 @@ def main(cfg: Config) -> None:
         tally.show()
         aside.show()
         if parts:
-            seconds = round(time.perf_counter() - begin, 3)
-            report = {
-                **tally.report(descriptions()),
-                "set_aside": aside.report(),
-                "settings": settings(cfg),
-                "seconds": seconds,
-            }
-            publish(cfg.out, parts, report)
+            report |= tally.report(descriptions()) | {"set_aside": aside.report()}
+            publish(cfg.out, parts, report | {"seconds": round(time.perf_counter() - begin, 3)})
     if not parts:
         raise UserError(f"{cfg.data} 里没有一篇可用的文档；原因见上表。")
     print(f"\n已写入 {cfg.out}：{tally.kept_rows:,} 篇，{tally.kept_characters:,} 字符")

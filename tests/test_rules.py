@@ -224,20 +224,12 @@ def test_features_are_those_of_the_slow_version(texts):
 def test_features_of_long_texts():
     rng = random.Random(0)
     block = "".join(chr(0x4E00 + rng.randrange(2000)) for _ in range(3000))
-    prose = "".join(
-        rng.choice(PIECES) if rng.random() < 0.1 else chr(0x4E00 + rng.randrange(500)) for _ in range(30_000)
-    )
+    chars = [*PIECES, *map(chr, range(0x4E00, 0x4FF0))]
+    mixed = "".join(rng.choice(chars) for _ in range(30_000))
+    periods = [block[:period] * 4 for period in range(ECHO - 3, ECHO + 4)]
+    lines = "一二三四五六七八\n" * 700
     assert_equal(
-        [
-            prose,
-            block * 2 + prose[:100],
-            "甲" * 9000,
-            "甲乙" * 50,
-            "一二三四五六七八\n" * 700,
-            "",
-            " \n",
-            prose[:5000],
-        ]
+        [mixed, *periods, block * 2 + mixed[:100], "甲" * 9000, "甲乙" * 50, lines, "", " \n", mixed[:5000]]
     )
     # Only the beginning of a book is looked at for n-grams.
     fresh = "".join(map(chr, range(0x4E00, 0x4E00 + SAMPLE)))

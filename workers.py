@@ -12,9 +12,11 @@ import json
 import multiprocessing
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -72,11 +74,31 @@ class WorkFolder:
         folders = [self.folder(step, number) for number in range(len(tasks))]
         unfinished = [n for n, folder in enumerate(folders) if not (folder / RESULT).is_file()]
         jobs = [(function, tasks[n], folders[n]) for n in unfinished]
-        with tqdm(total=sum(sizes), desc=label, unit="B", unit_scale=True, disable=None) as bar:
-            bar.update(sum(sizes) - sum(sizes[n] for n in unfinished))
+        with progress(sum(sizes), label) as advance:
+            advance(sum(sizes) - sum(sizes[n] for n in unfinished))
             for position in run_jobs(jobs, min(workers or processors(), len(jobs))):
-                bar.update(sizes[unfinished[position]])
+                advance(sizes[unfinished[position]])
         return [json.loads((folder / RESULT).read_text(encoding="utf-8")) for folder in folders]
+
+
+@contextmanager
+def progress(total: int, label: str) -> Iterator[Callable[[int], None]]:
+    """A progress bar over bytes; where there is no terminal a plain line at most every half minute."""
+    with tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=None) as bar:
+        done, begin = 0, time.monotonic()
+        last = begin
+
+        def advance(size: int) -> None:
+            nonlocal done, last
+            done += size
+            bar.update(size)
+            now = time.monotonic()
+            if bar.disable and now - last > 30 and done:
+                left = (now - begin) * (total - done) / done
+                print(f"{label}：{done / max(total, 1):.0%}，还需约 {left / 60:.0f} 分钟", flush=True)
+                last = now
+
+        yield advance
 
 
 def run_jobs(jobs: list[tuple[Function, Any, Path]], processes: int) -> Iterator[int]:

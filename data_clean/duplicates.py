@@ -11,7 +11,10 @@ signatures and texts that are being compared; everything else stays on disk.
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import combinations, pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
@@ -20,8 +23,9 @@ from tqdm import tqdm
 
 from data_clean.jaccard import similarities
 from data_clean.keys import keys_of
-from data_clean.shards import Corpus, Shard
-from data_clean.signatures import Settings
+from data_clean.shards import Corpus, Documents, Shard, write_shard
+from data_clean.signatures import Settings, sign
+from data_clean.texts import from_strings
 
 PARTITION = 1 << 24  # keys sorted at a time
 BLOCK = 1 << 18  # documents whose signatures are compared at a time
@@ -29,6 +33,7 @@ MOST_COMPARED = 256  # documents of its bucket that one is compared with: no buc
 VERIFY_CHARACTERS = 4 << 20  # of the candidate pairs that a thread verifies at a time
 
 Column = Callable[[Shard], np.ndarray]  # the keys of a shard's documents, (count,) uint64
+Join = Callable[[Corpus, np.ndarray, np.ndarray, Settings], None]  # corpus, parent, alive, settings
 Buckets = tuple[np.ndarray, np.ndarray]  # members (m,) int64, and where each one's bucket begins, (m,) int64
 
 
@@ -41,19 +46,16 @@ class Clusters(NamedTuple):
 
 
 def find_clusters(
-    corpus: Corpus, settings: Settings, rank: Callable[[str], int] = lambda source: 0, threads: int = 1
+    corpus: Corpus, settings: Settings, join: Join, rank: Callable[[str], int] = lambda source: 0
 ) -> Clusters:
     """Find all duplicates of a corpus and choose what stays.
 
-    rank: of a data set; lower is preferred. Of a cluster stays a reference document, else that of the best data
-    set, of these the longest, of these the first.
+    join: unites near duplicates, see `join_near`. rank: of a data set; lower is preferred. Of a cluster stays a
+    reference document, else that of the best data set, of these the longest, of these the first.
     """
     parent = apart(corpus)
     alive = join_equal(corpus, parent)
-    if settings.method == "minhash":
-        join_by_minhash(corpus, parent, alive, settings, range(settings.bands), threads)
-    elif settings.method == "simhash":
-        join_by_simhash(corpus, parent, alive, settings)
+    join(corpus, parent, alive, settings)
     return choose(corpus, parent, rank)
 
 
@@ -69,6 +71,16 @@ def join_equal(corpus: Corpus, parent: np.ndarray) -> np.ndarray:
         unite(parent, members, members[begins])
         alive[members[begins != np.arange(len(begins))]] = False  # the first speaks for its equals
     return alive
+
+
+def join_near(
+    corpus: Corpus, parent: np.ndarray, alive: np.ndarray, settings: Settings, threads: int = 1
+) -> None:
+    """Unite near duplicates, in `parent`, among the documents that are `alive`."""
+    if settings.method == "minhash":
+        join_by_minhash(corpus, parent, alive, settings, range(settings.bands), threads)
+    elif settings.method == "simhash":
+        join_by_simhash(corpus, parent, alive, settings)
 
 
 def join_by_minhash(
@@ -173,14 +185,13 @@ def choose(corpus: Corpus, parent: np.ndarray, rank: Callable[[str], int]) -> Cl
     root = flatten(parent)
     joined = np.flatnonzero(root != np.arange(len(root)))
     if not len(joined):
-        return Clusters(joined, joined, np.empty(0, bool))
-    members = np.union1d(joined, root[joined])
+        return Clusters(joined, joined, joined > 0)
+    members = np.union1d(joined, root[joined]).astype(np.int64)
     sources = corpus.source_names(members)
     ranks = {name: rank(name) for name in set(sources)}
-    # From the most to the least preferred; the number, last, makes the order complete.
-    order = np.lexsort(
+    order = np.lexsort(  # from the most to the least preferred
         (
-            members,
+            corpus.rows("order", members),
             -corpus.rows("length", members).astype(np.int64),
             np.array([ranks[name] for name in sources], np.int64),
             ~corpus.is_reference(members),
@@ -193,6 +204,29 @@ def choose(corpus: Corpus, parent: np.ndarray, rank: Callable[[str], int]) -> Cl
     is_exact[order[np.unique(exact[order], return_index=True)[1]]] = False
     kept = np.array([kept_of[number] for number in root[members].tolist()], np.int64)
     return Clusters(members, kept, is_exact)
+
+
+class Result(NamedTuple):
+    """What `deduplicate` found."""
+
+    keep: np.ndarray  # (n,) bool
+    cluster: np.ndarray  # (n,) int64 position of the text that stays of each one's cluster
+
+
+def deduplicate(texts: Sequence[str], settings: Settings, threads: int = 1) -> Result:
+    """Duplicates among texts in memory, through the same steps as a corpus on disk."""
+    if not len(texts):
+        return Result(np.empty(0, bool), np.empty(0, np.int64))
+    with TemporaryDirectory() as folder:
+        order = np.arange(len(texts), dtype=np.uint64)
+        documents = Documents(from_strings(texts), np.full(len(texts), "", object), order)
+        signatures = sign(keys_of(documents.texts), settings)
+        names = write_shard(Path(folder, "0"), documents, signatures, np.zeros(len(texts), int), 1)
+        corpus = Corpus([Shard(Path(folder, "0"), names)])
+        clusters = find_clusters(corpus, settings, partial(join_near, threads=threads))
+    cluster = order.astype(np.int64)
+    cluster[clusters.members] = clusters.kept
+    return Result(cluster == order.astype(np.int64), cluster)
 
 
 @njit(cache=True, nogil=True)

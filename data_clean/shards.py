@@ -7,12 +7,29 @@ every shard is half of a shuffle that never has the corpus in memory.
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from data_clean.signatures import Signatures
 from data_clean.texts import Texts, concatenate
 
 TEXT = "text.bin"
+
+
+class Documents(NamedTuple):
+    """Some documents on their way through the steps."""
+
+    texts: Texts
+    sources: np.ndarray  # (n,) objects: names of data sets
+    order: np.ndarray  # (n,) uint64, ascending through the whole corpus
+
+    def where(self, keep: np.ndarray) -> "Documents":
+        """Those that are marked, (n,) bool."""
+        if keep.all():
+            return self
+        kept = np.flatnonzero(keep)
+        return Documents(self.texts.take(kept), self.sources[kept], self.order[kept])
 
 
 class Shard:
@@ -27,7 +44,18 @@ class Shard:
         return np.load(self.folder / f"{name}.npy", mmap_mode="r")
 
     def texts(self) -> Texts:
-        return Texts(np.memmap(self.folder / TEXT, np.uint8, "r"), self.column("starts"))
+        return Texts(
+            np.asarray(np.memmap(self.folder / TEXT, np.uint8, "r")), np.load(self.folder / "starts.npy")
+        )
+
+    def source_names(self) -> np.ndarray:
+        """The data set of each document, (count,) objects."""
+        return np.array(self.sources, object)[self.column("source")]
+
+    def part_of(self) -> np.ndarray:
+        """Number of the part of the output that each document goes to, (count,)."""
+        ends = self.column("parts")
+        return np.repeat(np.arange(len(ends) - 1), np.diff(ends))
 
     def part(self, number: int) -> slice:
         """The documents that go to this part of the output."""
@@ -36,22 +64,30 @@ class Shard:
 
 
 def write_shard(
-    folder: Path, texts: Texts, columns: dict[str, np.ndarray], part_of: np.ndarray, parts: int
-) -> None:
-    """Write texts and their columns (first axis: documents), ordered by part of the output.
+    folder: Path, documents: Documents, signatures: Sequence[np.ndarray], part_of: np.ndarray, parts: int
+) -> list[str]:
+    """Write documents as a shard, ordered by part of the output.
 
-    part_of: (n,) number of the part that each document goes to, below `parts`.
+    signatures: columns of `Signatures`, or nothing. part_of: (n,) number of the part that each document goes to,
+    below `parts`. Returns the names of the data sets, behind the codes in the column "source".
     """
     folder.mkdir()
     order = np.argsort(part_of, kind="stable")
-    ordered = texts.take(order)
-    ordered.data.tofile(folder / TEXT)
-    np.save(folder / "starts.npy", ordered.starts)
-    np.save(folder / "parts.npy", np.searchsorted(part_of[order], np.arange(parts + 1)))
+    texts = documents.texts.take(order)
+    texts.data.tofile(folder / TEXT)
+    names, codes = np.unique(documents.sources.astype(str), return_inverse=True)
+    columns = {
+        "order": documents.order,
+        "source": codes.astype(np.uint16),
+        **{name: column for name, column in zip(Signatures._fields, signatures, strict=False) if len(column)},
+    }
     for name, column in columns.items():
-        if len(column):
-            # Band keys are read band by band, everything else document by document.
-            np.save(folder / f"{name}.npy", column[order].T.copy() if name == "bands" else column[order])
+        # Band keys are read band by band, everything else document by document.
+        np.save(folder / f"{name}.npy", column[order].T.copy() if name == "bands" else column[order])
+    np.save(folder / "starts.npy", texts.starts)
+    np.save(folder / "length.npy", texts.characters.astype(np.uint32))
+    np.save(folder / "parts.npy", np.searchsorted(part_of[order], np.arange(parts + 1)))
+    return names.tolist()
 
 
 class Corpus:

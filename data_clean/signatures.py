@@ -9,6 +9,7 @@ majority vote of the n-grams' bits; nearly equal documents differ in few bits.
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -70,7 +71,7 @@ def sign(keys: Keys, settings: Settings) -> Signatures:
 def exact_hashes(keys: Keys) -> np.ndarray:
     """xxh3 of every key, (n,) uint64; 0 for an empty one."""
     codes, starts = memoryview(keys.codes).cast("B"), (4 * keys.starts).tolist()
-    pairs = zip(starts, starts[1:], strict=False)
+    pairs = pairwise(starts)
     hashes = [max(xxh3_64_intdigest(codes[a:b]), 1) if b > a else 0 for a, b in pairs]
     return np.array(hashes, np.uint64)
 

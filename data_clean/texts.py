@@ -22,6 +22,12 @@ class Texts(NamedTuple):
         """UTF-8 bytes of each text, (n,) int64."""
         return np.diff(self.starts)
 
+    @property
+    def characters(self) -> np.ndarray:
+        """Code points of each text, (n,) int64."""
+        begins = np.concatenate([[0], np.cumsum((self.data & 0xC0) != 0x80, dtype=np.int64)])
+        return np.diff(begins[self.starts])
+
     def text(self, index: int) -> str:
         return self.data[self.starts[index] : self.starts[index + 1]].tobytes().decode()
 
@@ -56,4 +62,10 @@ def concatenate(parts: list[Texts]) -> Texts:
     """All the texts of all parts, in order."""
     sizes = [part.sizes for part in parts]
     starts = np.concatenate([np.zeros(1, np.int64), *sizes]).cumsum()
-    return Texts(np.concatenate([part.data for part in parts] or [np.empty(0, np.uint8)]), starts)
+    return frozen(np.concatenate([np.empty(0, np.uint8), *(part.data for part in parts)]), starts)
+
+
+def frozen(data: np.ndarray, starts: np.ndarray) -> Texts:
+    """Texts of a new buffer, read-only as Arrow's are: compiled code would otherwise exist twice."""
+    data.flags.writeable = False
+    return Texts(data, starts)

@@ -17,24 +17,21 @@ A folder that all machines share holds what the blocks hand each other:
 
 import json
 from collections import Counter
-from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.pipeline.readers.base import BaseReader
 from datatrove.pipeline.writers.jsonl import JsonlWriter
-from datatrove.pipeline.writers.parquet import ParquetWriter
 from datatrove.utils.batching import batched
 
 from data_clean.duplicates import (
-    Clusters,
     apart,
     choose,
     flatten,
@@ -46,8 +43,8 @@ from data_clean.duplicates import (
 from data_clean.filters import RAW_RULES, broken_rule, clean_rules
 from data_clean.keys import keys_of
 from data_clean.normalise import normalise
-from data_clean.shards import Corpus, Shard, write_shard
-from data_clean.signatures import Settings, Signatures, sign
+from data_clean.shards import Corpus, Documents, Shard, write_shard
+from data_clean.signatures import Settings, sign
 from data_clean.texts import concatenate, from_strings
 from sources.aside import SetAside
 from sources.pieces import Piece, read_batches
@@ -69,12 +66,13 @@ class PieceReader(BaseReader):
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         for number in range(rank, len(self.pieces), world_size):
-            aside = SetAside()
+            aside, position = SetAside(), number << 40
             for batch in read_batches(self.pieces[number], aside, self.text_column):
                 sources = batch.sources.to_pylist()
                 count_sources(self, Counter(sources), "读入")
                 for text, source in zip(batch.texts.to_pylist(), sources, strict=True):
-                    yield Document(text, str(number), metadata={"source": source, "piece": number})
+                    yield Document(text, str(position), metadata={"source": source, "piece": number})
+                    position += 1
             write_json(self.work / "aside" / f"{number:06d}.json", aside.report())
 
 
@@ -109,37 +107,29 @@ class ShardWriter(PipelineStep):
 
     type, name = "🫂 - DEDUP", "✍️ 签名"
 
-    def __init__(self, settings: Settings, parts: int, work: Path) -> None:
+    def __init__(self, settings: Settings, parts: int, seed: int, work: Path) -> None:
         super().__init__()
-        self.settings, self.parts, self.work = settings, parts, work
+        self.settings, self.parts, self.seed, self.work = settings, parts, seed, work
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> None:
         for piece, documents in groupby(data, key=lambda document: document.metadata["piece"]):
-            names: dict[str, int] = {}
             batches = []
             for batch in batched(documents, BATCH):
                 with self.track_time("batch"):
-                    batches.append(self._columns(batch, names))
+                    texts = from_strings([document.text for document in batch])
+                    sources = np.array([document.metadata["source"] for document in batch], object)
+                    order = np.array([int(document.id) for document in batch], np.uint64)
+                    batches.append((texts, sources, order, sign(keys_of(texts), self.settings)))
             with self.track_time("batch"):
-                self._write(piece, batches, list(names))
+                self._write(piece, batches)
 
-    def _columns(self, batch: list[Document], names: dict[str, int]) -> dict[str, Any]:
-        texts = from_strings([document.text for document in batch])
-        sources = [names.setdefault(document.metadata["source"], len(names)) for document in batch]
-        return {
-            **sign(keys_of(texts), self.settings)._asdict(),
-            "texts": texts,
-            "length": pc.utf8_length(texts.to_arrow()).to_numpy(),
-            "source": np.array(sources, np.int32),
-        }
-
-    def _write(self, piece: int, batches: list[dict[str, Any]], names: list[str]) -> None:
-        texts = concatenate([batch.pop("texts") for batch in batches])
-        columns = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
-        random = np.random.default_rng((self.settings.seed, piece))
-        columns["order"] = random.integers(2**32, size=texts.count, dtype=np.uint32)
+    def _write(self, piece: int, batches: list[tuple]) -> None:
+        texts, sources, order, signatures = zip(*batches, strict=True)
+        documents = Documents(concatenate(texts), np.concatenate(sources), np.concatenate(order))
+        columns = [np.concatenate(parts) for parts in zip(*signatures, strict=True)]
+        part_of = np.random.default_rng([self.seed, piece]).integers(0, self.parts, documents.texts.count)
         with atomic_path(self.work / "shards" / f"{piece:06d}") as folder:
-            write_shard(folder, texts, columns, random.integers(self.parts, size=texts.count), self.parts)
+            names = write_shard(folder, documents, columns, part_of, self.parts)
             (folder / "sources.json").write_text(json.dumps(names, ensure_ascii=False), encoding="utf-8")
 
 
@@ -201,57 +191,35 @@ class ChosenDocuments(PipelineStep):
             parent = apart(corpus)
             for file in sorted((self.work / "joined").glob("*.npy")):
                 unite(parent, *np.load(file))
-            clusters = choose(corpus, parent, lambda source: 0)
-            for name, column in clusters._asdict().items():
-                save(self.work / "clusters" / f"{name}.npy", column)
+            members, kept, is_exact = choose(corpus, parent, lambda source: 0)
+            for what, dropped in (("完全重复", is_exact), ("近似重复", ~is_exact)):
+                sources = corpus.source_names(members[dropped & (members != kept)])
+                count_sources(self, Counter(sources.tolist()), what)
+            keep = np.ones(len(corpus), bool)
+            keep[members[members != kept]] = False
+            save(self.work / "keep.npy", keep)
 
 
-class ShuffledReader(BaseReader):
-    """The documents of every world_size-th part of the output, in the order in which they are to be written."""
+class PartWriter(PipelineStep):
+    """Writes the documents that stay, shuffled; task k writes part k of the output."""
 
-    name = "📖 乱序"
+    type, name = "💽 - WRITER", "📒 parquet"
 
-    def __init__(self, parts: int, work: Path) -> None:
+    def __init__(self, seed: int, work: Path) -> None:
         super().__init__()
-        self.parts, self.work = parts, work
+        self.seed, self.work = seed, work
 
-    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        corpus = open_corpus(self.work)
-        clusters = Clusters(*(np.load(self.work / "clusters" / f"{name}.npy") for name in Clusters._fields))
-        for part in range(rank, self.parts, world_size):
-            yield from self._part(corpus, clusters, part)
-
-    def _part(self, corpus: Corpus, clusters: Clusters, part: int) -> DocumentsPipeline:
-        slices = [
-            (first, shard.part(part)) for first, shard in zip(corpus.firsts, corpus.shards, strict=False)
-        ]
-        numbers = np.concatenate([np.arange(first + s.start, first + s.stop) for first, s in slices])
-        texts, sources = corpus.texts(numbers), corpus.source_names(numbers)
-        duplicates = duplicates_among(clusters, numbers)
-        kept = np.unique([kept for kept, _ in duplicates.values()]).astype(np.int64)
-        kept_texts = dict(zip(kept.tolist(), corpus.texts(kept).texts(), strict=True))
-        order = np.argsort(corpus.rows("order", numbers), kind="stable")
-        for chunk in batched(order.tolist(), BATCH):
-            for i, text in zip(chunk, texts.take(np.array(chunk)).texts(), strict=True):
-                metadata = {"source": sources[i], "part": f"{part:05d}"}
-                if numbers[i] in duplicates:
-                    kept_one, reason = duplicates[numbers[i]]
-                    metadata |= {"duplicate": reason, "kept": kept_texts[kept_one][:EXCERPT]}
-                yield Document(text, str(numbers[i]), metadata=metadata)
-
-
-class DuplicatesFilter(BaseFilter):
-    """Drops what ShuffledReader has marked as a duplicate."""
-
-    name = "👯 去重"
-
-    def __init__(self, work: Path) -> None:
-        super().__init__(exclusion_writer(work / "dropped" / "duplicates"))
-
-    def filter(self, doc: Document) -> bool | tuple[bool, str]:
-        reason = doc.metadata.get("duplicate", "保留")
-        self.stat_update(f"{doc.metadata['source']}/{reason}")
-        return True if reason == "保留" else (False, reason)
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> None:
+        with self.track_time("task"):
+            keep, corpus = np.load(self.work / "keep.npy"), open_corpus(self.work)
+            numbers = part_numbers(corpus, rank)
+            numbers = numbers[keep[numbers]]
+            order = np.random.default_rng([self.seed, rank]).permutation(len(numbers))
+            texts, sources = corpus.texts(numbers).take(order), corpus.source_names(numbers)[order]
+            count_sources(self, Counter(sources.tolist()), "保留")
+            table = pa.table({"text": texts.to_arrow(), "source": pa.array(sources, pa.string())})
+            with atomic_path(self.work / "clean" / f"part-{rank:05d}.parquet") as path:
+                pq.write_table(table, path, compression="zstd", row_group_size=5000)
 
 
 class Finish(PipelineStep):
@@ -277,25 +245,6 @@ class Finish(PipelineStep):
         )
         sync_tree(result)
         swap(result, self.out)
-
-
-def parquet_writer(folder: Path) -> ParquetWriter:
-    """One file for every part of the output, with the columns of the single machine's."""
-    # Small row groups: readers stream, and never hold more than a few thousand documents.
-    return ParquetWriter(
-        str(folder),
-        "part-${part}.parquet",
-        compression="zstd",
-        adapter=text_and_source,
-        batch_size=5000,
-        max_file_size=-1,
-        schema=SCHEMA,
-        use_content_defined_chunking=False,
-    )
-
-
-def text_and_source(_: ParquetWriter, document: Document) -> dict[str, str]:
-    return {"text": document.text, "source": document.metadata["source"]}
 
 
 def exclusion_writer(folder: Path) -> JsonlWriter:
@@ -327,15 +276,10 @@ def save_joined(work: Path, name: str, parent: np.ndarray) -> None:
     save(work / "joined" / f"{name}.npy", np.stack([joined, root[joined]]))
 
 
-def duplicates_among(clusters: Clusters, numbers: np.ndarray) -> dict[int, tuple[int, str]]:
-    """Of these documents those that are dropped, each with the one that stays instead and the reason."""
-    dropped = np.isin(clusters.members, numbers) & (clusters.kept != clusters.members)
-    columns = (
-        clusters.members[dropped].tolist(),
-        clusters.kept[dropped].tolist(),
-        clusters.is_exact[dropped],
-    )
-    return {m: (k, "完全重复" if e else "近似重复") for m, k, e in zip(*columns, strict=True)}
+def part_numbers(corpus: Corpus, part: int) -> np.ndarray:
+    """Numbers of the documents that were drawn for a part of the output."""
+    slices = [(first, shard.part(part)) for first, shard in zip(corpus.firsts, corpus.shards, strict=False)]
+    return np.concatenate([np.arange(first + s.start, first + s.stop) for first, s in slices])
 
 
 def count_sources(step: PipelineStep, sources: Counter[str], what: str) -> None:

@@ -85,6 +85,12 @@ class Config(StageConfig):
             name = (others or [self.out])[0].name
             raise UserError(f"--out {self.out} 里有别的文件（如 {name}），会被覆盖；请换一个空文件夹。")
 
+    @property
+    def duplicates(self) -> Settings:
+        return Settings(
+            self.dedup, self.ngram, self.num_perm, self.bands, self.threshold, self.distance, self.seed
+        )
+
     def has_input(self) -> bool:
         try:
             return bool(list_files(self.data))
@@ -97,35 +103,170 @@ def main(cfg: Config) -> None:
         ensure_demo()
     check_writable(cfg.out)
     jobs = extract_jobs(cfg)
-    inputs = file_key([job.piece.file for job in jobs] + extra_files(cfg))
     tally, aside, begin = Tally(), SetAside(), time.perf_counter()
-    with WorkFolder(
-        cfg.out.with_name(f".{cfg.out.name}.work"), {**settings(cfg), "workers": 0, "files": inputs}
-    ) as work:
+    with WorkFolder(cfg.out.with_name(f".{cfg.out.name}.work"), work_key(cfg, jobs)) as work:
         shards = extract_all(cfg, jobs, work, tally, aside)
         if cfg.boilerplate:
-            shards = strip_all(cfg, shards, work, tally)
+            shards = strip_all(cfg, jobs[0].recipe, shards, work, tally)
         corpus = Corpus(shards)
-        keep = ~corpus.is_reference(np.arange(len(corpus)))
-        keep &= ~drop_duplicates(cfg, corpus, tally)
-        parts = write_parts(cfg, corpus, keep, work, tally) if keep.any() else []
+        keep = without_duplicates(cfg, corpus, tally)
+        parts = write_parts(cfg, corpus, keep, work, tally)
         tally.show()
         aside.show()
         if parts:
-            report = {**tally.report(), "set_aside": aside.report(), "settings": settings(cfg)}
-            publish(cfg.out, parts, report | {"wall_seconds": round(time.perf_counter() - begin, 1)})
+            seconds = round(time.perf_counter() - begin, 3)
+            report = {**tally.report(), "set_aside": aside.report(), "settings": settings(cfg), "seconds": seconds}
+            publish(cfg.out, parts, report)
     if not parts:
         raise UserError(f"{cfg.data} 里没有一篇可用的文档；原因见上表。")
-    rows, characters = tally.kept
-    print(
-        f"\n已写入 {cfg.out}：{rows:,} 篇，{characters:,} 字符。每一步做了什么、删了哪些，见 {cfg.out / 'report.html'}"
-    )
+    print(f"\n已写入 {cfg.out}：{tally.kept_rows:,} 篇，{tally.kept_characters:,} 字符")
+    print(f"每一步做了什么、删了哪些：{cfg.out / 'report.html'}")
 
 
 def extract_jobs(cfg: Config) -> list[ExtractJob]:
-    """The pieces of the corpora to compare with, then of the corpus."""
-    own = split_into_pieces(cfg.data, (*OUR_OUTPUTS, cfg.out))
-    others = [piece for folder in cfg.against for piece in split_into_pieces(folder)]
-    recipe = make_recipe(cfg, own)
-    pieces = [(piece, True) for piece in others] + [(piece, False) for piece in own]
-    return [ExtractJob(number, piece, recipe, old) for number, (piece, old) in enumerate(pieces)]
+    """The pieces of the corpora to compare with, then those of the corpus."""
+    pieces = split_into_pieces(cfg.data, (*OUR_OUTPUTS, cfg.out))
+    others = [piece for folder in cfg.against for piece in split_into_pieces(folder, ())]
+    recipe = make_recipe(cfg, sum(piece.size for piece in pieces))
+    both = [(piece, True) for piece in others] + [(piece, False) for piece in pieces]
+    return [ExtractJob(number, piece, recipe, old) for number, (piece, old) in enumerate(both)]
+
+
+def make_recipe(cfg: Config, bytes_in: int) -> Recipe:
+    """What every process needs to know."""
+    return Recipe(
+        text_column=cfg.text_column,
+        presets=parse_pairs(cfg.preset, "preset"),
+        thresholds=parse_pairs(cfg.rule, "rule"),
+        block_words=read_words(cfg.block_words),
+        mask_private=cfg.mask_private,
+        to_simplified=cfg.to_simplified,
+        half_width=cfg.half_width,
+        benchmarks=cfg.benchmarks,
+        benchmark_ngram=cfg.benchmark_ngram,
+        boilerplate=cfg.boilerplate,
+        duplicates=cfg.duplicates,
+        parts=bytes_in // (cfg.part_mb << 20) + 1,
+        seed=cfg.seed,
+    )
+
+
+def work_key(cfg: Config, jobs: list[ExtractJob]) -> dict[str, Any]:
+    """All that intermediate results depend on."""
+    others = [file for path in cfg.benchmarks for file in list_files(path)]
+    others += [cfg.block_words] if cfg.block_words else []
+    files = sorted({job.piece.file for job in jobs}) + others
+    return {**settings(cfg), "workers": None, "files": file_key(files)}
+
+
+def extract_all(
+    cfg: Config, jobs: list[ExtractJob], work: WorkFolder, tally: Tally, aside: SetAside
+) -> list[Shard]:
+    """Read and clean all pieces."""
+    sizes = [job.piece.size for job in jobs]
+    results = work.run("extract", extract, jobs, sizes, cfg.workers, "读取与清洗")
+    shards = []
+    for job, result in zip(jobs, results, strict=True):
+        tally.merge(result["tally"])
+        aside.merge(result["aside"])
+        shards += result_shards(work, "extract", job.number, result, job.is_reference)
+    return shards
+
+
+def strip_all(
+    cfg: Config, recipe: Recipe, shards: list[Shard], work: WorkFolder, tally: Tally
+) -> list[Shard]:
+    """Remove the lines that many documents share from every shard of the corpus."""
+    own = [shard for shard in shards if not shard.is_reference]
+    lines = work.path / "lines.npy"
+    np.save(lines, frequent_lines(own, cfg.boilerplate))
+    jobs = [StripJob(shard, recipe, lines) for shard in own]
+    sizes = [shard.bytes for shard in own]
+    results = work.run("strip", strip_lines, jobs, sizes, cfg.workers, "剔除公共行")
+    stripped = [shard for shard in shards if shard.is_reference]
+    for number, result in enumerate(results):
+        tally.merge(result["tally"])
+        stripped += result_shards(work, "strip", number, result)
+    return stripped
+
+
+def result_shards(
+    work: WorkFolder, step: str, number: int, result: dict[str, Any], is_reference: bool = False
+) -> list[Shard]:
+    """The shards that a task wrote."""
+    folder = work.folder(step, number)
+    return [Shard(folder / f"{i:03d}", names, is_reference) for i, names in enumerate(result["shards"])]
+
+
+def without_duplicates(cfg: Config, corpus: Corpus, tally: Tally) -> np.ndarray:
+    """Which documents are written, (n,) bool: those of the corpus that are no duplicates."""
+    keep = ~corpus.is_reference(np.arange(len(corpus)))
+    if not len(corpus):
+        return keep
+    if cfg.engine == "reference":
+        from data_clean.reference import join_near as join
+    else:
+        join = partial(join_near, threads=cfg.workers or processors())
+    start = time.process_time()
+    clusters = find_clusters(corpus, cfg.duplicates, join, source_rank(cfg, corpus))
+    tally.add_duplicates(corpus, clusters, keep, time.process_time() - start, cfg.duplicates)
+    keep[clusters.members[clusters.members != clusters.kept]] = False
+    return keep
+
+
+def source_rank(cfg: Config, corpus: Corpus) -> Callable[[str], int]:
+    """The preference among data sets: those of --prefer in their order, then all others alike."""
+    known = {name for shard in corpus.shards for name in shard.sources}
+    for name in cfg.prefer:
+        require(name in known, "prefer", name, f"应为来源的名字（{'、'.join(sorted(known)[:20])}）")
+    return lambda name: cfg.prefer.index(name) if name in cfg.prefer else len(cfg.prefer)
+
+
+def write_parts(
+    cfg: Config, corpus: Corpus, keep: np.ndarray, work: WorkFolder, tally: Tally
+) -> list[Path]:
+    """Write the kept documents, shuffled; returns the files that hold any."""
+    np.save(work.path / "keep.npy", keep)
+    numbers = range(len(corpus.shards[0].column("parts")) - 1 if corpus.shards else 0)
+    jobs = [PartJob(number, corpus.shards, work.path / "keep.npy", cfg.seed) for number in numbers]
+    sizes = [sum(shard.bytes for shard in corpus.shards) // max(len(jobs), 1)] * len(jobs)
+    results = work.run("write", write_part, jobs, sizes, cfg.workers, "打乱与写出")
+    for result in results:
+        tally.merge(result["tally"])
+    return [work.folder("write", number) / PART for number in numbers if results[number]["rows"]]
+
+
+def publish(out: Path, parts: list[Path], report: dict[str, Any]) -> None:
+    """Give the finished files their final names, all at once."""
+    with atomic_path(out) as folder:
+        folder.mkdir()
+        for number, part in enumerate(parts):
+            final = folder / f"part-{number:05d}.parquet"
+            try:
+                os.link(part, final)  # the same file under two names: what comes after may fail and be repeated
+            except OSError:  # a file system without links
+                shutil.copyfile(part, final)
+        write_json(folder / "report.json", report)
+        write_page(folder / "report.html", report)
+
+
+def parse_pairs(values: tuple[str, ...], option: str) -> tuple[tuple[str, str], ...]:
+    """NAME=VALUE settings as pairs."""
+    for value in values:
+        require("=" in value, option, value, "应写成 名字=值")
+    return tuple(tuple(value.rsplit("=", 1)) for value in values)
+
+
+def read_words(path: Path | None) -> tuple[str, ...]:
+    """The lines of a word list."""
+    if path is None:
+        return ()
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} 不是 UTF-8 编码；请转码：iconv -f GBK -t UTF-8 原文件 > 新文件") from error
+    return tuple(line.strip() for line in lines if line.strip())
+
+
+if __name__ == "__main__":
+    run_stage(Config, main)

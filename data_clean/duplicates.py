@@ -92,21 +92,25 @@ def join_by_minhash(
     threads: int = 1,
 ) -> None:
     """Unite the documents that share one of these bands and are similar, band by band."""
-    # The signature errs by less than four standard deviations, so hardly a true duplicate is missed here.
-    margin = 4 * (settings.threshold * (1 - settings.threshold) / settings.num_perm) ** 0.5
+    # The signature errs by more than three standard deviations once in a thousand times.
+    margin = 3 * (settings.threshold * (1 - settings.threshold) / settings.num_perm) ** 0.5
     least_equal = int(np.ceil((settings.threshold - margin) * settings.num_perm))
     with ThreadPoolExecutor(threads) as pool:
         for band in tqdm(bands, desc="近似去重", unit=" 段", disable=None):
             for members, begins in buckets(corpus, alive, lambda shard, b=band: shard.column("bands")[b]):
                 low_bytes = corpus.rows("low_bytes", members)
-                next_one = np.arange(len(members)) - 1  # whom to compare with next, going back in the bucket
-                while True:
-                    left, right = candidates(begins, next_one, members, parent, low_bytes, least_equal)
-                    if not len(left):
-                        break
+                active = np.arange(len(members))
+                next_one = active - 1  # whom to compare with next, going back in the bucket
+                most = 1
+                while len(active):
+                    # At first one each: where it is similar, most others in the bucket need no comparison any more.
+                    left, right, active = candidates(
+                        active, begins, next_one, members, parent, low_bytes, least_equal, most
+                    )
                     pairs = np.stack([members[left], members[right]], axis=1)
                     similar = verify(corpus, pairs, settings.ngram, pool) >= settings.threshold
                     unite(parent, pairs[similar, 0], pairs[similar, 1])
+                    most *= 2
 
 
 def join_by_simhash(corpus: Corpus, parent: np.ndarray, alive: np.ndarray, settings: Settings) -> None:
@@ -169,6 +173,8 @@ def grouped(numbers: np.ndarray, keys: np.ndarray) -> Iterator[Buckets]:
 
 def verify(corpus: Corpus, pairs: np.ndarray, ngram: int, pool: ThreadPoolExecutor) -> np.ndarray:
     """Exact Jaccard similarity of pairs of documents, (m, 2) -> (m,)."""
+    if not len(pairs):
+        return np.empty(0)
     lengths = corpus.rows("length", pairs.ravel()).reshape(-1, 2).sum(axis=1)
     chunk = np.cumsum(lengths) // VERIFY_CHARACTERS
     chunks = np.split(pairs, np.flatnonzero(np.diff(chunk)) + 1)
@@ -254,16 +260,17 @@ def flatten(parent):
 
 
 @njit(cache=True, nogil=True)
-def candidates(begins, next_one, members, parent, low_bytes, least_equal):
-    """For every member the next one before it in its bucket that may be its duplicate and is not yet known as one.
+def candidates(active, begins, next_one, members, parent, low_bytes, least_equal, most):
+    """For each active member the next few before it in its bucket that may be duplicates and are not yet known.
 
-    next_one: (m,) where to look next, lowered here. Returns positions of pairs.
+    active: (k,) positions of members. next_one: (m,) where each one looks next, lowered here. most: how many to
+    find for each. Returns the positions of pairs, and who has not yet seen its whole bucket.
     """
-    left, right = [], []
-    for i in range(len(begins)):
+    left, right, going_on = [], [], []
+    for i in active:
         last = max(begins[i], i - MOST_COMPARED)
-        j = next_one[i]
-        while j >= last:
+        j, found = next_one[i], 0
+        while j >= last and found < most:
             if find(parent, members[i]) != find(parent, members[j]):
                 equal = 0
                 for p in range(low_bytes.shape[1]):
@@ -271,11 +278,12 @@ def candidates(begins, next_one, members, parent, low_bytes, least_equal):
                 if equal >= least_equal:
                     left.append(i)
                     right.append(j)
-                    j -= 1
-                    break
+                    found += 1
             j -= 1
         next_one[i] = j
-    return np.array(left, np.int64), np.array(right, np.int64)
+        if j >= last:
+            going_on.append(i)
+    return np.array(left, np.int64), np.array(right, np.int64), np.array(going_on, np.int64)
 
 
 @njit(cache=True, nogil=True)

@@ -112,39 +112,47 @@ def _composing() -> set[str]:
 
 
 @njit(cache=True, nogil=True)
+def decode(data, i):
+    """The code point at byte i of UTF-8 text, and its number of bytes.
+
+    i and both results are uint64: a signed index would be checked for being negative, here a fifth of the time.
+    """
+    lead = np.uint64(data[i])
+    if lead < 0x80:
+        return lead, np.uint64(1)
+    second = np.uint64(data[i + np.uint64(1)] & 0x3F)
+    if lead < 0xE0:
+        return (lead & np.uint64(0x1F)) << np.uint64(6) | second, np.uint64(2)
+    third = np.uint64(data[i + np.uint64(2)] & 0x3F)
+    code = (lead & np.uint64(0x0F)) << np.uint64(12) | second << np.uint64(6) | third
+    if lead < 0xF0:
+        return code, np.uint64(3)
+    fourth = np.uint64(data[i + np.uint64(3)] & 0x3F)
+    return (code << np.uint64(6) | fourth) & np.uint64(0x1FFFFF), np.uint64(4)
+
+
+@njit(cache=True, nogil=True)
 def _map(data, starts, table, expansions):
-    """Decode UTF-8 and look every code point up; returns codes, their starts, and which texts need care."""
+    """Look every code point up; returns codes, their starts, and which texts need care."""
     codes = np.empty(len(data), np.uint32)
     new_starts = np.zeros(len(starts), np.int64)
     slow = np.zeros(len(starts) - 1, np.bool_)
-    out = 0
+    out = np.uint64(0)
     for text in range(len(starts) - 1):
-        i, end = starts[text], starts[text + 1]
+        i, end = np.uint64(starts[text]), np.uint64(starts[text + 1])
         while i < end:
-            lead = data[i]
-            if lead < 0x80:
-                code = np.uint32(lead)
-                i += 1
-            elif lead < 0xE0:
-                code = np.uint32((lead & 0x1F) << 6 | data[i + 1] & 0x3F)
-                i += 2
-            elif lead < 0xF0:
-                code = np.uint32((lead & 0x0F) << 12 | (data[i + 1] & 0x3F) << 6 | data[i + 2] & 0x3F)
-                i += 3
-            else:
-                high = (lead & 0x07) << 18 | (data[i + 1] & 0x3F) << 12
-                code = np.uint32(high | (data[i + 2] & 0x3F) << 6 | data[i + 3] & 0x3F)
-                i += 4
-            key = table[code] if code < len(table) else np.uint32(0)
+            code, width = decode(data, i)
+            i += width
+            key = table[code] if code < np.uint64(TABLE_SIZE) else np.uint32(0)
             if key < LONG:
                 codes[out] = key
-                out += key != 0
+                out += np.uint64(key != 0)
             elif key >= SLOW:
                 slow[text] = True
             else:
                 for part in expansions[key - LONG]:
                     codes[out] = part
-                    out += part != 0
+                    out += np.uint64(part != 0)
         new_starts[text + 1] = out
     return codes[:out], new_starts, slow
 

@@ -6,7 +6,9 @@ every shard is half of a shuffle that never has the corpus in memory.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import cache, lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -39,6 +41,10 @@ class Shard:
         """sources: names behind the codes of the column "source". is_reference: never written, only compared with."""
         self.folder, self.sources, self.is_reference = folder, list(sources), is_reference
         self.count = len(self.column("order"))
+
+    @property
+    def bytes(self) -> int:
+        return (self.folder / TEXT).stat().st_size
 
     def column(self, name: str) -> np.ndarray:
         return np.load(self.folder / f"{name}.npy", mmap_mode="r")
@@ -98,6 +104,10 @@ class Corpus:
         self.firsts = np.cumsum(
             [0, *(shard.count for shard in shards)]
         )  # number of each shard's first document
+        # Opening a file costs more than reading a text from it.
+        self._column = cache(lambda shard, name: self.shards[shard].column(name))
+        self._open_text = lru_cache(maxsize=64)(lambda shard: open(self.shards[shard].folder / TEXT, "rb"))
+        self._lock = Lock()
 
     def __len__(self) -> int:
         return int(self.firsts[-1])
@@ -105,20 +115,33 @@ class Corpus:
     def rows(self, name: str, numbers: np.ndarray) -> np.ndarray:
         """Rows of a column for documents in any order, (m, ...)."""
         order = np.argsort(numbers, kind="stable")
-        parts = [shard.column(name)[local] for shard, local in self._by_shard(numbers[order])]
+        parts = [self._column(shard, name)[local] for shard, local in self._by_shard(numbers[order])]
         ordered = np.concatenate(parts)
         result = np.empty_like(ordered)
         result[order] = ordered
         return result
 
     def texts(self, numbers: np.ndarray) -> Texts:
-        """Texts of documents given in ascending order."""
-        return concatenate([shard.texts().take(local) for shard, local in self._by_shard(numbers)])
+        """Texts of documents given in ascending order.
+
+        They are read, not mapped: a process whose address space is limited can have a corpus of any size.
+        """
+        parts = []
+        for shard, local in self._by_shard(numbers):
+            starts = self._column(shard, "starts")
+            with self._lock:  # one position in each file
+                file = self._open_text(shard)
+                for start, end in zip(starts[local].tolist(), starts[local + 1].tolist(), strict=True):
+                    file.seek(start)
+                    parts.append(file.read(end - start))
+        sizes = np.array([0, *map(len, parts)], np.int64)
+        return Texts(np.frombuffer(b"".join(parts), np.uint8), sizes.cumsum())
 
     def source_names(self, numbers: np.ndarray) -> np.ndarray:
         """Names of the data sets of documents in ascending order, (m,) objects."""
         parts = [
-            np.array(s.sources, object)[s.column("source")[local]] for s, local in self._by_shard(numbers)
+            np.array(self.shards[shard].sources, object)[self._column(shard, "source")[local]]
+            for shard, local in self._by_shard(numbers)
         ]
         return np.concatenate([np.empty(0, object), *parts])
 
@@ -127,9 +150,8 @@ class Corpus:
         flags = np.array([shard.is_reference for shard in self.shards], bool)
         return flags[np.searchsorted(self.firsts, numbers, side="right") - 1]
 
-    def _by_shard(self, numbers: np.ndarray) -> Iterator[tuple[Shard, np.ndarray]]:
-        """Ascending document numbers as positions in the shards that hold them."""
+    def _by_shard(self, numbers: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """Ascending document numbers as (shard, positions in it)."""
         cuts = np.searchsorted(numbers, self.firsts)
-        for index, shard in enumerate(self.shards):
-            if cuts[index] < cuts[index + 1]:
-                yield shard, numbers[cuts[index] : cuts[index + 1]] - self.firsts[index]
+        for shard in np.flatnonzero(np.diff(cuts)).tolist():
+            yield shard, numbers[cuts[shard] : cuts[shard + 1]] - self.firsts[shard]

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 
 class Texts(NamedTuple):
@@ -25,8 +26,7 @@ class Texts(NamedTuple):
     @property
     def characters(self) -> np.ndarray:
         """Code points of each text, (n,) int64."""
-        begins = np.concatenate([[0], np.cumsum((self.data & 0xC0) != 0x80, dtype=np.int64)])
-        return np.diff(begins[self.starts])
+        return pc.utf8_length(self.to_arrow()).to_numpy(zero_copy_only=False).astype(np.int64)
 
     def text(self, index: int) -> str:
         return self.data[self.starts[index] : self.starts[index + 1]].tobytes().decode()

@@ -1,301 +1,285 @@
-"""Our cleaning steps as blocks of datatrove, whose executors run them on many machines (see on_datatrove.py).
+"""The steps of cleaning as blocks of datatrove, whose executors run them on many machines (see on_datatrove.py).
 
-The blocks hand documents on as datatrove's own do, so that any filter of datatrove fits between them; what they
-compute, they compute in batches with the functions of the single machine, on the same files (shards.py). The
-result is therefore the same. datatrove's MinHash blocks are not used: they take words for n-grams, join what
-only shares a bucket, keep whatever comes first, and take a Python step for every document and bucket.
+The first pipeline is made of datatrove's own kinds of blocks: `PieceReader`, `CleaningFilter` and `ShardBlock` hand
+on documents, and any filter of datatrove fits between them. What they compute they compute in batches, by the
+functions of steps.py, and they leave it in a work folder (workers.py) where clear.py would. So do the functions at
+the end of this file, each of which a `Task` runs as a pipeline of its own. The result is therefore that of clear.py.
 
-A folder that all machines share holds what the blocks hand each other:
-
-    shards/000000/    the documents of a piece that the rules let pass, with their signatures
-    aside/000000.json rows of the piece that could not be read
-    alive.npy         (n,) whether a document is still to be compared: no equal one comes before it
-    joined/           (m, 2) numbers of documents that are duplicates, found by one task
-    clusters.npz      members and kept of duplicates.Clusters
-    dropped/          dropped documents with the reason
+datatrove's own MinHash blocks are not used: their n-grams are made of words, they join documents that merely lie
+beside each other in a bucket, they verify nothing, and of duplicates they keep any one.
 """
 
 import json
-from collections import Counter
+from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from datatrove.data import Document, DocumentsPipeline
+from datatrove.executor.local import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.pipeline.readers.base import BaseReader
 from datatrove.pipeline.writers.jsonl import JsonlWriter
-from datatrove.utils.batching import batched
+from datatrove.utils.stats import PipelineStats
 
-from data_clean.duplicates import (
-    apart,
-    choose,
-    flatten,
-    join_by_minhash,
-    join_by_simhash,
-    join_equal,
-    unite,
-)
-from data_clean.filters import RAW_RULES, broken_rule, clean_rules
-from data_clean.keys import keys_of
-from data_clean.normalise import normalise
-from data_clean.shards import Corpus, Documents, Shard, write_shard
-from data_clean.signatures import Settings, sign
-from data_clean.texts import concatenate, from_strings
+from data_clean import clear
+from data_clean.boilerplate import frequent_lines
+from data_clean.duplicates import apart, flatten, join_by_minhash, join_by_simhash, join_equal, unite
+from data_clean.shards import Corpus, Documents, Shard
+from data_clean.signatures import Settings
+from data_clean.steps import PART, Cleaner, PartJob, ShardWriter, StripJob, read, strip_lines, write_part
+from data_clean.tally import Tally
+from data_clean.texts import from_strings
 from sources.aside import SetAside
-from sources.pieces import Piece, read_batches
-from sources.report import write_json
-from stage import atomic_path, swap, sync_tree
+from workers import RESULT, WorkFolder, finish
 
-BATCH = 256  # documents that go through rules and signatures at a time; also bounds the memory for long books
-SCHEMA = pa.schema([("text", pa.large_string()), ("source", pa.string())])
+BATCH = 1000  # documents that are cleaned at a time
+
+
+class Plan:
+    """What all blocks know; in one object without a JSON form, as datatrove logs the attributes of blocks."""
+
+    def __init__(self, cfg: clear.Config, jobs: list[clear.ExtractJob], work: WorkFolder) -> None:
+        self.cfg, self.jobs, self.work = cfg, jobs, work
+        self.opened: dict[
+            int, tuple[SetAside, Cleaner]
+        ] = {}  # the accounts of the pieces that are being read
+
+    def accounts(self, piece: int) -> tuple[SetAside, Cleaner]:
+        """What could not be read of a piece, and what cleans it and counts; shared by the blocks of a pipeline."""
+        return self.opened.setdefault(piece, (SetAside(), Cleaner(self.jobs[piece].recipe)))
+
+    def results(self, step: str) -> list[dict[str, Any]]:
+        """What the tasks of a step have returned."""
+        files = sorted(self.work.path.glob(f"{step}/*/{RESULT}"))
+        return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+
+    def corpus(self) -> Corpus:
+        """All documents, in the order in which clear.py numbers them."""
+        step = "strip" if self.cfg.boilerplate else "extract"
+        return Corpus([shard for number in range(len(self.jobs)) for shard in self.shards(step, number)])
+
+    def shards(self, step: str, number: int) -> list[Shard]:
+        """The shards that a task has written; reference documents are not stripped."""
+        is_reference = self.jobs[number].is_reference
+        folder = self.work.folder("extract" if is_reference else step, number)
+        result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        return [Shard(folder / f"{i:03d}", names, is_reference) for i, names in enumerate(result["shards"])]
 
 
 class PieceReader(BaseReader):
-    """The documents of every world_size-th piece; any format of sources/."""
+    """The documents of every world_size-th piece, in any format of sources/."""
 
     name = "📖 语料"
 
-    def __init__(self, pieces: list[Piece], text_column: str | None, work: Path) -> None:
+    def __init__(self, plan: Plan) -> None:
         super().__init__()
-        self.pieces, self.text_column, self.work = pieces, text_column, work
+        self.plan = plan
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        for number in range(rank, len(self.pieces), world_size):
-            aside, position = SetAside(), number << 40
-            for batch in read_batches(self.pieces[number], aside, self.text_column):
-                sources = batch.sources.to_pylist()
-                count_sources(self, Counter(sources), "读入")
-                for text, source in zip(batch.texts.to_pylist(), sources, strict=True):
-                    yield Document(text, str(position), metadata={"source": source, "piece": number})
-                    position += 1
-            write_json(self.work / "aside" / f"{number:06d}.json", aside.report())
+        for job in self.plan.jobs[rank::world_size]:
+            aside, cleaner = self.plan.accounts(job.number)
+            for batch, documents in enumerate(read(job, aside, cleaner.tally)):
+                self.stat_update("documents", value=documents.texts.count, unit="batch")
+                columns = documents.texts.texts(), documents.sources.tolist(), documents.order.tolist()
+                for text, source, order in zip(*columns, strict=True):
+                    where = {"source": source, "piece": job.number, "batch": batch}
+                    yield Document(text, str(order), metadata=where)
 
 
-class RulesFilter(BaseFilter):
-    """Normalises texts and drops those that break a rule."""
+class CleaningFilter(BaseFilter):
+    """Normalises texts and drops those that break a rule or hold a benchmark's question."""
 
-    name = "🧹 规则"
+    name = "🧹 清洗"
 
-    def __init__(self, min_chars: int, work: Path) -> None:
-        super().__init__(exclusion_writer(work / "dropped" / "rules"), batch_size=BATCH)
-        self.min_chars = min_chars
+    def __init__(self, plan: Plan) -> None:
+        dropped = JsonlWriter(str(plan.work.path / "dropped"), "${rank}.jsonl.zst", compression="zstd")
+        super().__init__(dropped, batch_size=BATCH)
+        self.plan = plan
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
         return self.filter_batch([doc])[0]
 
     def filter_batch(self, batch: list[Document]) -> list[bool | tuple[bool, str]]:
-        rules = clean_rules(self.min_chars)
+        results = []
+        for piece, documents in groupby(batch, key=lambda document: document.metadata["piece"]):
+            if self.plan.jobs[piece].is_reference:
+                results += [True for _ in documents]
+            else:
+                results += self._clean(list(documents), self.plan.accounts(piece)[1])
+        return results
+
+    def _clean(self, batch: list[Document], cleaner: Cleaner) -> list[bool | tuple[bool, str]]:
+        kept = cleaner.clean(to_columns(batch))
+        texts = dict(zip(kept.order.tolist(), kept.texts.texts(), strict=True))
         results: list[bool | tuple[bool, str]] = []
         for document in batch:
-            rule = broken_rule(document.text, RAW_RULES)
-            if not rule:
-                document.text = normalise(document.text)
-                rule = broken_rule(document.text, rules)
-            if rule:
-                self.stat_update(f"{document.metadata['source']}/{rule}", unit="source")
-            results.append((False, rule) if rule else True)
+            text = texts.get(int(document.id))
+            if text is None:
+                results.append((False, cleaner.reasons.pop(int(document.id))))
+            else:
+                document.text = text
+                results.append(True)
         return results
 
 
-class ShardWriter(PipelineStep):
-    """Signs documents and writes them as one shard for every piece."""
+class ShardBlock(PipelineStep):
+    """Signs the documents of each piece and writes them as shards."""
 
-    type, name = "🫂 - DEDUP", "✍️ 签名"
+    type, name = "💽 - WRITER", "✍️ 签名"
 
-    def __init__(self, settings: Settings, parts: int, seed: int, work: Path) -> None:
+    def __init__(self, plan: Plan) -> None:
         super().__init__()
-        self.settings, self.parts, self.seed, self.work = settings, parts, seed, work
+        self.plan = plan
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> None:
+        written = set()
         for piece, documents in groupby(data, key=lambda document: document.metadata["piece"]):
-            batches = []
-            for batch in batched(documents, BATCH):
-                with self.track_time("batch"):
-                    texts = from_strings([document.text for document in batch])
-                    sources = np.array([document.metadata["source"] for document in batch], object)
-                    order = np.array([int(document.id) for document in batch], np.uint64)
-                    batches.append((texts, sources, order, sign(keys_of(texts), self.settings)))
+            finish(self._write, (piece, documents), self.plan.work.folder("extract", piece))
+            written.add(piece)
+        for job in self.plan.jobs[rank::world_size]:
+            if job.number not in written:  # no document of it is left
+                finish(self._write, (job.number, []), self.plan.work.folder("extract", job.number))
+
+    def _write(self, task: tuple[int, Any], folder: Path) -> dict[str, Any]:
+        piece, documents = task
+        job, (aside, cleaner) = self.plan.jobs[piece], self.plan.accounts(piece)
+        writer = ShardWriter(folder, job.recipe, piece)
+        # The batches of the reader again: where a shard ends must not depend on how the filters batch.
+        for _, batch in groupby(documents, key=lambda document: document.metadata["batch"]):
+            columns = to_columns(list(batch))
             with self.track_time("batch"):
-                self._write(piece, batches)
-
-    def _write(self, piece: int, batches: list[tuple]) -> None:
-        texts, sources, order, signatures = zip(*batches, strict=True)
-        documents = Documents(concatenate(texts), np.concatenate(sources), np.concatenate(order))
-        columns = [np.concatenate(parts) for parts in zip(*signatures, strict=True)]
-        part_of = np.random.default_rng([self.seed, piece]).integers(0, self.parts, documents.texts.count)
-        with atomic_path(self.work / "shards" / f"{piece:06d}") as folder:
-            names = write_shard(folder, documents, columns, part_of, self.parts)
-            (folder / "sources.json").write_text(json.dumps(names, ensure_ascii=False), encoding="utf-8")
+                is_final = job.is_reference or not job.recipe.boilerplate
+                writer.add(columns, cleaner.sign(columns) if is_final else ())
+        writer.flush()
+        del self.plan.opened[piece]
+        return {"tally": cleaner.tally.to_json(), "aside": aside.report(), "shards": writer.sources}
 
 
-class EqualDocuments(PipelineStep):
-    """Finds the documents with equal keys; one task."""
+def to_columns(batch: list[Document]) -> Documents:
+    """Documents of datatrove as ours."""
+    sources = np.array([document.metadata["source"] for document in batch], object)
+    order = np.array([int(document.id) for document in batch], np.uint64)
+    return Documents(from_strings([document.text for document in batch]), sources, order)
 
-    type, name = "🫂 - DEDUP", "🟰 完全重复"
 
-    def __init__(self, work: Path) -> None:
+class Work(NamedTuple):
+    """One of `tasks` equal tasks of a step."""
+
+    plan: Plan
+    number: int
+    tasks: int
+
+
+class Task(PipelineStep):
+    """Runs a function (work, folder) -> result that leaves its files in a folder of its own."""
+
+    type = "🧱 - TASK"
+
+    def __init__(self, plan: Plan, step: str, function: Callable[[Work, Path], dict[str, Any]]) -> None:
+        self.name = step
         super().__init__()
-        self.work = work
+        self.plan, self.step, self.function = plan, step, function
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> None:
         with self.track_time("task"):
-            corpus = open_corpus(self.work)
-            parent = apart(corpus)
-            alive = join_equal(corpus, parent)
-            save_joined(self.work, "equal", parent)
-            save(self.work / "alive.npy", alive)
+            finish(self.function, Work(self.plan, rank, world_size), self.plan.work.folder(self.step, rank))
 
 
-class SimilarDocuments(PipelineStep):
-    """Finds near duplicates and verifies them: with MinHash, task k looks at band k % bands and a share of its keys.
+def find_lines(work: Work, folder: Path) -> dict[str, Any]:
+    """The lines that many documents share; one task."""
+    plan = work.plan
+    own = [number for number, job in enumerate(plan.jobs) if not job.is_reference]
+    shards = [shard for number in own for shard in plan.shards("extract", number)]
+    lines = frequent_lines(shards, plan.cfg.boilerplate)
+    np.save(folder / "lines.npy", lines)
+    return {"lines": len(lines)}
 
-    With another method there is one task.
+
+def strip_piece(work: Work, folder: Path) -> dict[str, Any]:
+    """Take these lines out of the documents of a piece; a task for every piece."""
+    plan, names, tally = work.plan, [], Tally()
+    if plan.jobs[work.number].is_reference:
+        return {"tally": tally.to_json(), "shards": []}
+    for number, shard in enumerate(plan.shards("extract", work.number)):
+        lines = plan.work.folder("lines", 0) / "lines.npy"
+        result = strip_lines(StripJob(shard, plan.jobs[work.number].recipe, lines, number), folder)
+        names += result["shards"]
+        tally.merge(result["tally"])
+    return {"tally": tally.to_json(), "shards": names}
+
+
+def find_equal(work: Work, folder: Path) -> dict[str, Any]:
+    """Which documents are still to be compared, as no equal one comes before them; one task."""
+    corpus = work.plan.corpus()
+    alive = join_equal(corpus, apart(corpus))
+    np.save(folder / "alive.npy", alive)
+    return {"documents": len(corpus), "different": int(alive.sum())}
+
+
+def find_similar(work: Work, folder: Path) -> dict[str, Any]:
+    """Verified near duplicates: MinHash task k looks at band k % bands and one share of its keys.
+
+    SimHash takes one task.
     """
-
-    type, name = "🫂 - DEDUP", "🔍 近似重复"
-
-    def __init__(self, settings: Settings, work: Path) -> None:
-        super().__init__()
-        self.settings, self.work = settings, work
-
-    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> None:
-        with self.track_time("task"):
-            corpus, alive = open_corpus(self.work), np.load(self.work / "alive.npy")
-            parent = apart(corpus)
-            if self.settings.method == "minhash":
-                band, shares = rank % self.settings.bands, world_size // self.settings.bands
-                keep_share(corpus, alive, band, rank // self.settings.bands, shares)
-                join_by_minhash(corpus, parent, alive, self.settings, [band])
-            elif self.settings.method == "simhash":
-                join_by_simhash(corpus, parent, alive, self.settings)
-            save_joined(self.work, f"{rank:05d}", parent)
-
-
-class ChosenDocuments(PipelineStep):
-    """Joins what all tasks found to clusters and chooses the document of each that stays; one task."""
-
-    type, name = "🫂 - DEDUP", "🧩 重复簇"
-
-    def __init__(self, work: Path) -> None:
-        super().__init__()
-        self.work = work
-
-    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> None:
-        with self.track_time("task"):
-            corpus = open_corpus(self.work)
-            parent = apart(corpus)
-            for file in sorted((self.work / "joined").glob("*.npy")):
-                unite(parent, *np.load(file))
-            members, kept, is_exact = choose(corpus, parent, lambda source: 0)
-            for what, dropped in (("完全重复", is_exact), ("近似重复", ~is_exact)):
-                sources = corpus.source_names(members[dropped & (members != kept)])
-                count_sources(self, Counter(sources.tolist()), what)
-            keep = np.ones(len(corpus), bool)
-            keep[members[members != kept]] = False
-            save(self.work / "keep.npy", keep)
-
-
-class PartWriter(PipelineStep):
-    """Writes the documents that stay, shuffled; task k writes part k of the output."""
-
-    type, name = "💽 - WRITER", "📒 parquet"
-
-    def __init__(self, seed: int, work: Path) -> None:
-        super().__init__()
-        self.seed, self.work = seed, work
-
-    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> None:
-        with self.track_time("task"):
-            keep, corpus = np.load(self.work / "keep.npy"), open_corpus(self.work)
-            numbers = part_numbers(corpus, rank)
-            numbers = numbers[keep[numbers]]
-            order = np.random.default_rng([self.seed, rank]).permutation(len(numbers))
-            texts, sources = corpus.texts(numbers).take(order), corpus.source_names(numbers)[order]
-            count_sources(self, Counter(sources.tolist()), "保留")
-            table = pa.table({"text": texts.to_arrow(), "source": pa.array(sources, pa.string())})
-            with atomic_path(self.work / "clean" / f"part-{rank:05d}.parquet") as path:
-                pq.write_table(table, path, compression="zstd", row_group_size=5000)
-
-
-class Finish(PipelineStep):
-    """Writes report.json and gives the result its final name; one task."""
-
-    type, name = "💽 - WRITER", "🏁 完成"
-
-    def __init__(self, work: Path, out: Path, settings: dict[str, Any]) -> None:
-        super().__init__()
-        self.work, self.out, self.settings = work, out, settings
-
-    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> None:
-        result = self.work / "clean"
-        if not result.is_dir():  # nothing was kept; or this task was stopped right behind the last line
-            return
-        aside = SetAside()
-        for file in sorted((self.work / "aside").glob("*.json")):
-            aside.merge(json.loads(file.read_text(encoding="utf-8")))
-        counts = source_counts(self.work)
-        write_json(
-            result / "report.json",
-            {"sources": counts, "set_aside": aside.report(), "settings": self.settings},
-        )
-        sync_tree(result)
-        swap(result, self.out)
-
-
-def exclusion_writer(folder: Path) -> JsonlWriter:
-    return JsonlWriter(str(folder), "${rank}.jsonl.zst", compression="zstd")
-
-
-def open_corpus(work: Path) -> Corpus:
-    """All shards, in the order of their pieces."""
-    folders = sorted((work / "shards").glob("[0-9]*"))
-    return Corpus([Shard(f, json.loads((f / "sources.json").read_text(encoding="utf-8"))) for f in folders])
+    corpus, settings = work.plan.corpus(), work.plan.cfg.duplicates
+    alive, parent = np.load(work.plan.work.folder("equal", 0) / "alive.npy"), apart(corpus)
+    if settings.method == "minhash":
+        share, band = divmod(work.number, settings.bands)
+        keep_share(corpus, alive, band, share, work.tasks // settings.bands)
+        join_by_minhash(corpus, parent, alive, settings, [band])
+    elif settings.method == "simhash":
+        join_by_simhash(corpus, parent, alive, settings)
+    root = flatten(parent)
+    joined = np.flatnonzero(root != np.arange(len(root)))
+    np.save(folder / "joined.npy", np.stack([joined, root[joined]]))
+    return {"joined": len(joined)}
 
 
 def keep_share(corpus: Corpus, alive: np.ndarray, band: int, share: int, shares: int) -> None:
-    """Of the documents leave only those whose key of this band falls to one of several equal tasks."""
+    """Of the documents leave only those whose key of this band falls to one of several equal shares."""
     for shard, first in zip(corpus.shards, corpus.firsts, strict=False):
         keys = shard.column("bands")[band] >> np.uint64(32)  # `buckets` divides by the low bits
         alive[first : first + shard.count] &= keys % np.uint64(shares) == share
 
 
-def save(path: Path, array: np.ndarray) -> None:
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, array)
+def choose_kept(work: Work, folder: Path) -> dict[str, Any]:
+    """Join to clusters what all tasks have found, and choose of each what stays; one task."""
+    plan, tally = work.plan, Tally()
+
+    def join(corpus: Corpus, parent: np.ndarray, alive: np.ndarray, settings: Settings) -> None:
+        for file in sorted(plan.work.path.glob("similar/*/joined.npy")):
+            unite(parent, *np.load(file))
+
+    keep = clear.without_duplicates(plan.cfg, plan.corpus(), tally, join)
+    np.save(folder / "keep.npy", keep)
+    return {"tally": tally.to_json(), "kept": int(keep.sum())}
 
 
-def save_joined(work: Path, name: str, parent: np.ndarray) -> None:
-    """What a union-find has joined: every document that is not a root, and its root, (2, m)."""
-    root = flatten(parent)
-    joined = np.flatnonzero(root != np.arange(len(root)))
-    save(work / "joined" / f"{name}.npy", np.stack([joined, root[joined]]))
+def write_kept(work: Work, folder: Path) -> dict[str, Any]:
+    """Write part k of the output; a task for every part."""
+    plan = work.plan
+    keep = plan.work.folder("choose", 0) / "keep.npy"
+    return write_part(PartJob(work.number, plan.corpus().shards, keep, plan.cfg.seed), folder)
 
 
-def part_numbers(corpus: Corpus, part: int) -> np.ndarray:
-    """Numbers of the documents that were drawn for a part of the output."""
-    slices = [(first, shard.part(part)) for first, shard in zip(corpus.firsts, corpus.shards, strict=False)]
-    return np.concatenate([np.arange(first + s.start, first + s.stop) for first, s in slices])
+def publish(work: Work, folder: Path) -> dict[str, Any]:
+    """Write the report, and give everything its final name; one task."""
+    plan, tally, aside = work.plan, Tally(), SetAside()
+    for step in ("extract", "strip", "choose", "write"):
+        for result in plan.results(step):
+            tally.merge(result["tally"])
+            aside.merge(result.get("aside", SetAside().report()))
+    rows = [result["rows"] for result in plan.results("write")]
+    parts = [plan.work.folder("write", number) / PART for number in np.flatnonzero(rows).tolist()]
+    clear.report(plan.cfg, parts, tally, aside, seconds=0)
+    return {"rows": sum(rows)}
 
 
-def count_sources(step: PipelineStep, sources: Counter[str], what: str) -> None:
-    """Count documents by data set in the statistics of a block."""
-    for source, count in sources.items():
-        step.stat_update(f"{source}/{what}", value=count, unit="batch")
+class LocalExecutor(LocalPipelineExecutor):
+    """Keeps the log of tasks in files; on the screen are only errors, and what is done."""
 
-
-def source_counts(work: Path) -> dict[str, dict[str, int]]:
-    """What `count_sources` counted in all tasks of all steps, by data set."""
-    counts: dict[str, dict[str, int]] = {}
-    for file in sorted(work.glob("logs/*/stats/*.json")):
-        for block in json.loads(file.read_text(encoding="utf-8")):
-            for label, value in block["stats"].items():
-                source, slash, what = label.rpartition("/")
-                if slash:
-                    entry = counts.setdefault(source, Counter())
-                    entry[what] += int(value["total"] if isinstance(value, dict) else value)
-    return counts
+    def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> PipelineStats:
+        return super()._run_for_rank(rank, local_rank + 1, node_rank)  # datatrove shows that of local rank 0

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_clean.signatures import Signatures
-from data_clean.texts import Texts, concatenate
+from data_clean.texts import Texts
 
 TEXT = "text.bin"
 

@@ -63,6 +63,7 @@ class StripJob(NamedTuple):
     shard: Shard
     recipe: Recipe
     lines: Path  # hashes of the lines to remove
+    number: int = 0  # of the new shard in its folder
 
 
 class PartJob(NamedTuple):
@@ -92,7 +93,9 @@ def strip_lines(job: StripJob, folder: Path) -> dict[str, Any]:
     before = Documents(shard.texts(), shard.source_names(), shard.column("order"))
     documents = cleaner.strip(before, np.load(job.lines))
     part_of = shard.part_of()[np.isin(before.order, documents.order)]
-    sources = write_shard(folder / "000", documents, cleaner.sign(documents), part_of, job.recipe.parts)
+    sources = write_shard(
+        folder / f"{job.number:03d}", documents, cleaner.sign(documents), part_of, job.recipe.parts
+    )
     return {"tally": cleaner.tally.to_json(), "shards": [sources]}
 
 

@@ -115,12 +115,7 @@ def main(cfg: Config) -> None:
         aside.show()
         if parts:
             seconds = round(time.perf_counter() - begin, 3)
-            report = {
-                **tally.report(),
-                "set_aside": aside.report(),
-                "settings": settings(cfg),
-                "seconds": seconds,
-            }
+            report = {**tally.report(), "set_aside": aside.report(), "settings": settings(cfg), "seconds": seconds}
             publish(cfg.out, parts, report)
     if not parts:
         raise UserError(f"{cfg.data} 里没有一篇可用的文档；原因见上表。")
@@ -227,7 +222,9 @@ def source_rank(cfg: Config, corpus: Corpus) -> Callable[[str], int]:
     return lambda name: cfg.prefer.index(name) if name in cfg.prefer else len(cfg.prefer)
 
 
-def write_parts(cfg: Config, corpus: Corpus, keep: np.ndarray, work: WorkFolder, tally: Tally) -> list[Path]:
+def write_parts(
+    cfg: Config, corpus: Corpus, keep: np.ndarray, work: WorkFolder, tally: Tally
+) -> list[Path]:
     """Write the kept documents, shuffled; returns the files that hold any."""
     np.save(work.path / "keep.npy", keep)
     numbers = range(len(corpus.shards[0].column("parts")) - 1 if corpus.shards else 0)
@@ -246,9 +243,7 @@ def publish(out: Path, parts: list[Path], report: dict[str, Any]) -> None:
         for number, part in enumerate(parts):
             final = folder / f"part-{number:05d}.parquet"
             try:
-                os.link(
-                    part, final
-                )  # the same file under two names: what comes after may fail and be repeated
+                os.link(part, final)  # the same file under two names: what comes after may fail and be repeated
             except OSError:  # a file system without links
                 shutil.copyfile(part, final)
         write_json(folder / "report.json", report)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_clean.signatures import Signatures
-from data_clean.texts import Texts
+from data_clean.texts import Texts, concatenate
 
 TEXT = "text.bin"
 

@@ -39,7 +39,7 @@ class WorkFolder:
 
     def __enter__(self) -> "WorkFolder":
         key_file = self.path / "key.json"
-        if key_file.is_file() and key_file.read_text(encoding="utf-8") == self.key:
+        if key_file.is_file() and key_file.read_bytes() == self.key.encode():
             print(f"从上次中断的地方继续（{self.path}）", flush=True)
             for leftover in self.path.glob("*/.*.tmp-*"):
                 remove(leftover)

@@ -235,7 +235,7 @@ class ShardWriter:
         signatures = [np.concatenate(parts) for parts in zip(*self.signatures, strict=True)]
         number = len(self.sources)
         rng = np.random.default_rng([self.recipe.seed, self.number, number])
-        part_of = rng.integers(0, self.recipe.parts, len(order))
+        part_of = rng.integers(0, self.recipe.parts, documents.texts.count)
         names = write_shard(self.folder / f"{number:03d}", documents, signatures, part_of, self.recipe.parts)
         self.sources.append(names)
         self.documents, self.signatures, self.bytes = [], [], 0

@@ -8,28 +8,34 @@ corpus are worked on in parallel and their results kept on disk: a run that was 
 and memory does not grow with the corpus. The order of the steps is `main`; what they do is in steps.py.
 """
 
+import os
+import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from this folder or from the root
 
 import numpy as np
 
-from data_clean.shards import Corpus
-from data_clean.steps import ExtractJob
+from data_clean.boilerplate import frequent_lines
+from data_clean.duplicates import Join, find_clusters, join_near
+from data_clean.page import write_page
+from data_clean.shards import Corpus, Shard
+from data_clean.signatures import Settings
+from data_clean.steps import PART, ExtractJob, PartJob, Recipe, StripJob, extract, strip_lines, write_part
 from data_clean.tally import Tally
 from sources.aside import SetAside
 from sources.demo_corpus import ensure_demo
 from sources.files import OUR_OUTPUTS, list_files
 from sources.pieces import split_into_pieces
-from sources.report import settings
-from stage import DEMO_DIR, ROOT, StageConfig, UserError, check_writable, require
-from workers import WorkFolder, file_key
-
-COMPRESSION = 4  # bytes of text per byte of a compressed file, roughly; decides about the number of parts
+from sources.report import settings, write_json
+from stage import DEMO_DIR, ROOT, StageConfig, UserError, atomic_path, check_writable, require, run_stage
+from workers import WorkFolder, file_key, processors
 
 
 @dataclass
@@ -109,14 +115,9 @@ def main(cfg: Config) -> None:
         if cfg.boilerplate:
             shards = strip_all(cfg, jobs[0].recipe, shards, work, tally)
         corpus = Corpus(shards)
-        keep = without_duplicates(cfg, corpus, tally)
+        keep = without_duplicates(cfg, corpus, tally, near_engine(cfg))
         parts = write_parts(cfg, corpus, keep, work, tally)
-        tally.show()
-        aside.show()
-        if parts:
-            seconds = round(time.perf_counter() - begin, 3)
-            report = {**tally.report(), "set_aside": aside.report(), "settings": settings(cfg), "seconds": seconds}
-            publish(cfg.out, parts, report)
+        finish_report(cfg, parts, tally, aside, time.perf_counter() - begin)
     if not parts:
         raise UserError(f"{cfg.data} 里没有一篇可用的文档；原因见上表。")
     print(f"\n已写入 {cfg.out}：{tally.kept_rows:,} 篇，{tally.kept_characters:,} 字符")
@@ -198,15 +199,20 @@ def result_shards(
     return [Shard(folder / f"{i:03d}", names, is_reference) for i, names in enumerate(result["shards"])]
 
 
-def without_duplicates(cfg: Config, corpus: Corpus, tally: Tally) -> np.ndarray:
+def near_engine(cfg: Config) -> Join:
+    """What finds near duplicates."""
+    if cfg.engine == "reference":
+        from data_clean.reference import join_near as reference
+
+        return reference
+    return partial(join_near, threads=cfg.workers or processors())
+
+
+def without_duplicates(cfg: Config, corpus: Corpus, tally: Tally, join: Join) -> np.ndarray:
     """Which documents are written, (n,) bool: those of the corpus that are no duplicates."""
     keep = ~corpus.is_reference(np.arange(len(corpus)))
     if not len(corpus):
         return keep
-    if cfg.engine == "reference":
-        from data_clean.reference import join_near as join
-    else:
-        join = partial(join_near, threads=cfg.workers or processors())
     start = time.process_time()
     clusters = find_clusters(corpus, cfg.duplicates, join, source_rank(cfg, corpus))
     tally.add_duplicates(corpus, clusters, keep, time.process_time() - start, cfg.duplicates)
@@ -222,9 +228,7 @@ def source_rank(cfg: Config, corpus: Corpus) -> Callable[[str], int]:
     return lambda name: cfg.prefer.index(name) if name in cfg.prefer else len(cfg.prefer)
 
 
-def write_parts(
-    cfg: Config, corpus: Corpus, keep: np.ndarray, work: WorkFolder, tally: Tally
-) -> list[Path]:
+def write_parts(cfg: Config, corpus: Corpus, keep: np.ndarray, work: WorkFolder, tally: Tally) -> list[Path]:
     """Write the kept documents, shuffled; returns the files that hold any."""
     np.save(work.path / "keep.npy", keep)
     numbers = range(len(corpus.shards[0].column("parts")) - 1 if corpus.shards else 0)
@@ -236,6 +240,15 @@ def write_parts(
     return [work.folder("write", number) / PART for number in numbers if results[number]["rows"]]
 
 
+def finish_report(cfg: Config, parts: list[Path], tally: Tally, aside: SetAside, seconds: float) -> None:
+    """Show what was done, and publish it if anything is left."""
+    tally.show()
+    aside.show()
+    if parts:
+        counts = {**tally.report(), "set_aside": aside.report()}
+        publish(cfg.out, parts, {**counts, "settings": settings(cfg), "seconds": round(seconds, 3)})
+
+
 def publish(out: Path, parts: list[Path], report: dict[str, Any]) -> None:
     """Give the finished files their final names, all at once."""
     with atomic_path(out) as folder:
@@ -243,7 +256,7 @@ def publish(out: Path, parts: list[Path], report: dict[str, Any]) -> None:
         for number, part in enumerate(parts):
             final = folder / f"part-{number:05d}.parquet"
             try:
-                os.link(part, final)  # the same file under two names: what comes after may fail and be repeated
+                os.link(part, final)  # the work folder keeps its own, should what follows fail
             except OSError:  # a file system without links
                 shutil.copyfile(part, final)
         write_json(folder / "report.json", report)

@@ -10,6 +10,7 @@ beside each other in a bucket, they verify nothing, and of duplicates they keep 
 """
 
 import json
+import time
 from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
@@ -33,7 +34,7 @@ from data_clean.steps import PART, Cleaner, PartJob, ShardWriter, StripJob, read
 from data_clean.tally import Tally
 from data_clean.texts import from_strings
 from sources.aside import SetAside
-from workers import RESULT, WorkFolder, finish
+from workers import KEY, RESULT, WorkFolder, finish
 
 BATCH = 1000  # documents that are cleaned at a time
 
@@ -49,7 +50,10 @@ class Plan:
 
     def accounts(self, piece: int) -> tuple[SetAside, Cleaner]:
         """What could not be read of a piece, and what cleans it and counts; shared by the blocks of a pipeline."""
-        return self.opened.setdefault(piece, (SetAside(), Cleaner(self.jobs[piece].recipe)))
+        if piece not in self.opened:
+            self.opened[piece] = (SetAside(), Cleaner(self.jobs[piece].recipe))
+            self.opened[piece][1].reasons = {}
+        return self.opened[piece]
 
     def results(self, step: str) -> list[dict[str, Any]]:
         """What the tasks of a step have returned."""
@@ -273,8 +277,9 @@ def publish(work: Work, folder: Path) -> dict[str, Any]:
             tally.merge(result["tally"])
             aside.merge(result.get("aside", SetAside().report()))
     rows = [result["rows"] for result in plan.results("write")]
+    seconds = time.time() - (plan.work.path / KEY).stat().st_mtime  # since the work began
     parts = [plan.work.folder("write", number) / PART for number in np.flatnonzero(rows).tolist()]
-    clear.report(plan.cfg, parts, tally, aside, seconds=0)
+    clear.finish_report(plan.cfg, parts, tally, aside, seconds)
     return {"rows": sum(rows)}
 
 

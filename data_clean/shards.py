@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_clean.signatures import Signatures
-from data_clean.texts import Texts, concatenate
+from data_clean.texts import Texts
 
 TEXT = "text.bin"
 
@@ -106,7 +106,7 @@ class Corpus:
         )  # number of each shard's first document
         # Opening a file costs more than reading a text from it.
         self._column = cache(lambda shard, name: self.shards[shard].column(name))
-        self._open_text = lru_cache(maxsize=64)(lambda shard: open(self.shards[shard].folder / TEXT, "rb"))
+        self._open_text = lru_cache(maxsize=64)(lambda shard: (self.shards[shard].folder / TEXT).open("rb"))
         self._lock = Lock()
 
     def __len__(self) -> int:

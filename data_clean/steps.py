@@ -16,19 +16,20 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_clean.benchmarks import Benchmarks
-from data_clean.boilerplate import without_lines
+from data_clean.boilerplate import line_hashes, without_lines
 from data_clean.keys import keys_of
 from data_clean.mask import mask_private
 from data_clean.normalise import normalise_batch
-from data_clean.rules import RuleSet
+from data_clean.rules import RuleSet, preset_of
 from data_clean.shards import Documents, Shard, write_shard
 from data_clean.signatures import Settings, Signatures, sign
 from data_clean.tally import Tally
-from data_clean.texts import concatenate, from_arrow
+from data_clean.texts import Texts, concatenate, from_arrow
 from sources.aside import SetAside
 from sources.pieces import Piece, read_batches
 
 SHARD_BYTES = 128 << 20  # text of a shard; a worker holds it twice while it is written
+Judge = Callable[[RuleSet, Texts], tuple[np.ndarray, list[str]]]  # -> rules broken or -1, their names
 ROW_GROUP = 5000  # rows: readers stream parquet and hold one group
 PART = "part.parquet"
 
@@ -92,6 +93,8 @@ def strip_lines(job: StripJob, folder: Path) -> dict[str, Any]:
     shard, cleaner = job.shard, Cleaner(job.recipe)
     before = Documents(shard.texts(), shard.source_names(), shard.column("order"))
     documents = cleaner.strip(before, np.load(job.lines))
+    if not documents.texts.count:
+        return {"tally": cleaner.tally.to_json(), "shards": []}
     part_of = shard.part_of()[np.isin(before.order, documents.order)]
     sources = write_shard(
         folder / f"{job.number:03d}", documents, cleaner.sign(documents), part_of, job.recipe.parts
@@ -113,6 +116,8 @@ def write_part(job: PartJob, folder: Path) -> dict[str, Any]:
         if len(kept):
             texts.append(shard.texts().take(kept))
             sources.append(shard.source_names()[kept])
+    if not texts:
+        return {"tally": Tally().to_json(), "rows": 0}
     order = np.random.default_rng([job.seed, job.number]).permutation(sum(part.count for part in texts))
     shuffled, names = concatenate(texts).take(order), np.concatenate(sources)[order]
     table = pa.table({"text": shuffled.to_arrow(), "source": pa.array(names, pa.string())})
@@ -122,7 +127,7 @@ def write_part(job: PartJob, folder: Path) -> dict[str, Any]:
     )  # fmt: skip
     tally = Tally()
     tally.count_kept(shuffled, names)
-    return {"tally": tally.to_json()}
+    return {"tally": tally.to_json(), "rows": len(order)}
 
 
 def read(job: ExtractJob, aside: SetAside, tally: Tally) -> Iterator[Documents]:
@@ -144,6 +149,7 @@ class Cleaner:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.tally = recipe, Tally()
+        self.reasons: dict[int, str] | None = None  # if a dict: why which document (by its `order`) was dropped
 
     def clean(self, documents: Documents) -> Documents:
         """All that a single text needs."""
@@ -181,26 +187,47 @@ class Cleaner:
         return documents._replace(texts=texts)
 
     def _drop_broken(self, documents: Documents) -> Documents:
-        return self._drop_by_rules(documents, RuleSet.raw_verdicts)
+        """Rules for the raw text: normalising removes what they look for."""
+        return self._drop(documents, lambda rules, texts: (rules.raw_verdicts(texts), rules.raw_names))
 
     def _filter(self, documents: Documents) -> Documents:
-        return self._drop_by_rules(documents, RuleSet.verdicts)
+        return self._drop(documents, lambda rules, texts: (rules.verdicts(texts), rules.names))
 
     def _strip(self, documents: Documents, lines: np.ndarray) -> Documents:
         texts, lost = without_lines(documents.texts, lines)
-        self.tally.count("公共行", {"行": int(lost.sum()), "涉及文档": int((lost > 0).sum())})
-        stripped, changed = documents._replace(texts=texts), lost > 0
-        verdicts = np.full(len(changed), -1)
-        for rules, chosen in self._by_preset(stripped.sources):
-            chosen = chosen & changed
-            verdicts[chosen] = rules.verdicts(texts.take(np.flatnonzero(chosen)))
-        return self._drop(stripped, verdicts, RuleSet.names)
+        self.tally.count("公共行", {"行": int(lost.sum()), "文档": int((lost > 0).sum())})
+        return self._filter(documents._replace(texts=texts))  # what is left may be too little
+
+    def _drop(self, documents: Documents, judge: Judge) -> Documents:
+        """Without the documents that a rule of their data set's preset drops."""
+        keep = np.ones(len(documents.sources), bool)
+        presets = {name: preset_of(name, dict(self.recipe.presets)) for name in set(documents.sources)}
+        preset = np.array([presets[name] for name in documents.sources], object)
+        for name in sorted(set(presets.values())):
+            here = documents.where(preset == name)
+            verdicts, rules = judge(rule_set(name, self.recipe), here.texts)
+            for rule in np.unique(verdicts[verdicts >= 0]).tolist():
+                self.tally.drop(rules[rule], here.texts, here.sources, np.flatnonzero(verdicts == rule))
+                self._note(here.order[verdicts == rule], rules[rule])
+            keep[np.flatnonzero(preset == name)[verdicts >= 0]] = False
+        return documents.where(keep)
 
     def _decontaminate(self, documents: Documents) -> Documents:
         benchmarks = read_benchmarks(self.recipe.benchmarks, self.recipe.benchmark_ngram)
         hits = benchmarks.hits(*keys_of(documents.texts))
         self.tally.drop_contaminated(documents.texts, documents.sources, hits, benchmarks)
+        self._note(documents.order[hits >= 0], "评测题")
         return documents.where(hits < 0)
+
+    def _note(self, order: np.ndarray, reason: str) -> None:
+        if self.reasons is not None:
+            self.reasons.update(dict.fromkeys(order.tolist(), reason))
+
+
+@lru_cache(maxsize=8)
+def rule_set(preset: str, recipe: Recipe) -> RuleSet:
+    """The rules of a preset with the user's thresholds; made once per process."""
+    return RuleSet(preset, dict(recipe.thresholds), recipe.block_words)
 
 
 @lru_cache(maxsize=1)
@@ -236,6 +263,8 @@ class ShardWriter:
         number = len(self.sources)
         rng = np.random.default_rng([self.recipe.seed, self.number, number])
         part_of = rng.integers(0, self.recipe.parts, documents.texts.count)
-        names = write_shard(self.folder / f"{number:03d}", documents, signatures, part_of, self.recipe.parts)
-        self.sources.append(names)
+        folder = self.folder / f"{number:03d}"
+        self.sources.append(write_shard(folder, documents, signatures, part_of, self.recipe.parts))
+        if self.recipe.boilerplate:
+            np.save(folder / "lines.npy", line_hashes(documents.texts))
         self.documents, self.signatures, self.bytes = [], [], 0

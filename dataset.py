@@ -59,6 +59,12 @@ def open_tokens(path: Path, tokenizer: ChatGLMTokenizer) -> np.ndarray:
         raise UserError(
             f"{path} 有 {size} 字节，不是 {dtype.itemsize} 的正整数倍：文件不完整或格式不对，请重新生成。"
         )
+    tokens = size // dtype.itemsize
+    if sidecar.get("tokens", tokens) != tokens:
+        raise UserError(
+            f"{path} 有 {tokens} 个 token，而它的说明 {path.with_suffix('.json')} 写的是 {sidecar['tokens']} 个："
+            "写入时中断过，或被改动过；请重新运行 data_process.py。"
+        )
     made_with = sidecar.get("tokenizer", {}).get("sha256")
     if made_with and made_with != tokenizer.sha256:
         raise UserError(

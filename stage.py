@@ -23,6 +23,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from glob import escape
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -123,12 +124,20 @@ def atomic_path(final: Path) -> Iterator[Path]:
         if final.is_dir() and not temporary.is_dir():
             raise UserError(f"{final} 是文件夹，而这里要写的是文件；请换一个路径。")
         swap(temporary, final)
+        for leftover in final.parent.glob(f".{escape(final.name)}.*-*"):  # of runs that were killed just there
+            remove(leftover)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        # numpy reports a full disk without its number.
+        if error.errno == errno.ENOSPC or (error.errno is None and is_full(final.parent)):
             raise UserError(f"磁盘已满，无法写入 {final}；请清理空间后重跑，旧文件未被改动。") from error
         raise
     finally:
         remove(temporary)
+
+
+def is_full(folder: Path) -> bool:
+    """Whether the disk that holds a folder has next to nothing left."""
+    return shutil.disk_usage(folder).free < 8 << 20
 
 
 def swap(new: Path, final: Path) -> None:

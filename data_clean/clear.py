@@ -25,7 +25,8 @@ import numpy as np
 from data_clean.boilerplate import frequent_lines
 from data_clean.duplicates import Join, find_clusters, join_near
 from data_clean.page import write_page
-from data_clean.shards import Corpus, Shard
+from data_clean.rules import check_limit, check_preset, descriptions
+from data_clean.shards import SLOTS, Corpus, Shard
 from data_clean.signatures import Settings
 from data_clean.steps import PART, ExtractJob, PartJob, Recipe, StripJob, extract, strip_lines, write_part
 from data_clean.tally import Tally
@@ -128,17 +129,17 @@ def extract_jobs(cfg: Config) -> list[ExtractJob]:
     """The pieces of the corpora to compare with, then those of the corpus."""
     pieces = split_into_pieces(cfg.data, (*OUR_OUTPUTS, cfg.out))
     others = [piece for folder in cfg.against for piece in split_into_pieces(folder, ())]
-    recipe = make_recipe(cfg, sum(piece.size for piece in pieces))
+    recipe = make_recipe(cfg)
     both = [(piece, True) for piece in others] + [(piece, False) for piece in pieces]
     return [ExtractJob(number, piece, recipe, old) for number, (piece, old) in enumerate(both)]
 
 
-def make_recipe(cfg: Config, bytes_in: int) -> Recipe:
+def make_recipe(cfg: Config) -> Recipe:
     """What every process needs to know."""
     return Recipe(
         text_column=cfg.text_column,
-        presets=parse_pairs(cfg.preset, "preset"),
-        thresholds=parse_pairs(cfg.rule, "rule"),
+        presets=chosen_presets(cfg),
+        limits=chosen_limits(cfg),
         block_words=read_words(cfg.block_words),
         mask_private=cfg.mask_private,
         to_simplified=cfg.to_simplified,
@@ -147,7 +148,6 @@ def make_recipe(cfg: Config, bytes_in: int) -> Recipe:
         benchmark_ngram=cfg.benchmark_ngram,
         boilerplate=cfg.boilerplate,
         duplicates=cfg.duplicates,
-        parts=bytes_in // (cfg.part_mb << 20) + 1,
         seed=cfg.seed,
     )
 
@@ -171,6 +171,7 @@ def extract_all(
         tally.merge(result["tally"])
         aside.merge(result["aside"])
         shards += result_shards(work, "extract", job.number, result, job.is_reference)
+    tally.step("读取", len(aside), 0, 0, 0, 0)  # rows that could not be used
     return shards
 
 
@@ -229,15 +230,24 @@ def source_rank(cfg: Config, corpus: Corpus) -> Callable[[str], int]:
 
 
 def write_parts(cfg: Config, corpus: Corpus, keep: np.ndarray, work: WorkFolder, tally: Tally) -> list[Path]:
-    """Write the kept documents, shuffled; returns the files that hold any."""
+    """Write the kept documents, shuffled; returns the files."""
+    if not keep.any():
+        return []
     np.save(work.path / "keep.npy", keep)
-    numbers = range(len(corpus.shards[0].column("parts")) - 1 if corpus.shards else 0)
-    jobs = [PartJob(number, corpus.shards, work.path / "keep.npy", cfg.seed) for number in numbers]
-    sizes = [sum(shard.bytes for shard in corpus.shards) // max(len(jobs), 1)] * len(jobs)
-    results = work.run("write", write_part, jobs, sizes, cfg.workers, "打乱与写出")
+    size, parts = count_parts(cfg, corpus, keep)
+    jobs = [
+        PartJob(number, parts, corpus.shards, work.path / "keep.npy", cfg.seed) for number in range(parts)
+    ]
+    results = work.run("write", write_part, jobs, [size // parts] * parts, cfg.workers, "打乱与写出")
     for result in results:
         tally.merge(result["tally"])
-    return [work.folder("write", number) / PART for number in numbers if results[number]["rows"]]
+    return [work.folder("write", number) / PART for number in range(parts)]
+
+
+def count_parts(cfg: Config, corpus: Corpus, keep: np.ndarray) -> tuple[int, int]:
+    """Bytes of the documents to write, and how many files they go to."""
+    size = sum(int(shard.sizes()[kept].sum()) for shard, kept in corpus.by_shard(keep))
+    return size, min(size // (cfg.part_mb << 20) + 1, SLOTS)
 
 
 def finish_report(cfg: Config, parts: list[Path], tally: Tally, aside: SetAside, seconds: float) -> None:
@@ -245,7 +255,7 @@ def finish_report(cfg: Config, parts: list[Path], tally: Tally, aside: SetAside,
     tally.show()
     aside.show()
     if parts:
-        counts = {**tally.report(), "set_aside": aside.report()}
+        counts = {**tally.report(descriptions()), "set_aside": aside.report()}
         publish(cfg.out, parts, {**counts, "settings": settings(cfg), "seconds": round(seconds, 3)})
 
 
@@ -263,11 +273,25 @@ def publish(out: Path, parts: list[Path], report: dict[str, Any]) -> None:
         write_page(folder / "report.html", report)
 
 
-def parse_pairs(values: tuple[str, ...], option: str) -> tuple[tuple[str, str], ...]:
-    """NAME=VALUE settings as pairs."""
-    for value in values:
-        require("=" in value, option, value, "应写成 名字=值")
-    return tuple(tuple(value.rsplit("=", 1)) for value in values)
+def chosen_presets(cfg: Config) -> tuple[tuple[str, str], ...]:
+    """--preset as (pattern of data sets, preset)."""
+    pairs = [value.rpartition("=") for value in cfg.preset]
+    for _, _, preset in pairs:
+        check_preset(preset)
+    return tuple((source if equals else "*", preset) for source, equals, preset in pairs)
+
+
+def chosen_limits(cfg: Config) -> tuple[tuple[str, float], ...]:
+    """--rule as (rule, limit)."""
+    limits = []
+    for value in cfg.rule:
+        name, _, limit = value.rpartition("=")
+        try:
+            limits.append((name, float(limit)))
+        except ValueError:
+            raise UserError(f"--rule 应写成 规则=阈值，例如 过短=20，现在是 {value}。") from None
+        check_limit(*limits[-1])
+    return tuple(limits)
 
 
 def read_words(path: Path | None) -> tuple[str, ...]:

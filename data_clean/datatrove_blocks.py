@@ -60,6 +60,10 @@ class Plan:
         files = sorted(self.work.path.glob(f"{step}/*/{RESULT}"))
         return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
+    def parts(self) -> int:
+        """Files of the output, known when it is chosen what stays."""
+        return self.results("choose")[0]["parts"]
+
     def corpus(self) -> Corpus:
         """All documents, in the order in which clear.py numbers them."""
         step = "strip" if self.cfg.boilerplate else "extract"
@@ -122,7 +126,7 @@ class CleaningFilter(BaseFilter):
         for document in batch:
             text = texts.get(int(document.id))
             if text is None:
-                results.append((False, cleaner.reasons.pop(int(document.id))))
+                results.append((False, cleaner.reasons.pop(int(document.id), "清洗")))
             else:
                 document.text = text
                 results.append(True)
@@ -167,6 +171,25 @@ def to_columns(batch: list[Document]) -> Documents:
     sources = np.array([document.metadata["source"] for document in batch], object)
     order = np.array([int(document.id) for document in batch], np.uint64)
     return Documents(from_strings([document.text for document in batch]), sources, order)
+
+
+class PartWriter(PipelineStep):
+    """Writes every world_size-th part of the output."""
+
+    type, name = "💽 - WRITER", "📒 写出"
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        self.plan = plan
+
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> None:
+        work, parts, shards = self.plan.work, self.plan.parts(), self.plan.corpus().shards
+        for number in range(rank, parts, world_size):
+            with self.track_time("part"):
+                job = PartJob(
+                    number, parts, shards, work.folder("choose", 0) / "keep.npy", self.plan.cfg.seed
+                )
+                finish(write_part, job, work.folder("write", number))
 
 
 class Work(NamedTuple):
@@ -257,30 +280,27 @@ def choose_kept(work: Work, folder: Path) -> dict[str, Any]:
         for file in sorted(plan.work.path.glob("similar/*/joined.npy")):
             unite(parent, *np.load(file))
 
-    keep = clear.without_duplicates(plan.cfg, plan.corpus(), tally, join)
+    corpus = plan.corpus()
+    keep = clear.without_duplicates(plan.cfg, corpus, tally, join)
     np.save(folder / "keep.npy", keep)
-    return {"tally": tally.to_json(), "kept": int(keep.sum())}
-
-
-def write_kept(work: Work, folder: Path) -> dict[str, Any]:
-    """Write part k of the output; a task for every part."""
-    plan = work.plan
-    keep = plan.work.folder("choose", 0) / "keep.npy"
-    return write_part(PartJob(work.number, plan.corpus().shards, keep, plan.cfg.seed), folder)
+    parts = clear.count_parts(plan.cfg, corpus, keep)[1] if keep.any() else 0
+    return {"tally": tally.to_json(), "kept": int(keep.sum()), "parts": parts}
 
 
 def publish(work: Work, folder: Path) -> dict[str, Any]:
     """Write the report, and give everything its final name; one task."""
     plan, tally, aside = work.plan, Tally(), SetAside()
-    for step in ("extract", "strip", "choose", "write"):
+    for result in plan.results("extract"):
+        tally.merge(result["tally"])
+        aside.merge(result["aside"])
+    tally.step("读取", len(aside), 0, 0, 0, 0)  # rows that could not be used
+    for step in ("strip", "choose", "write"):
         for result in plan.results(step):
             tally.merge(result["tally"])
-            aside.merge(result.get("aside", SetAside().report()))
-    rows = [result["rows"] for result in plan.results("write")]
+    parts = [plan.work.folder("write", number) / PART for number in range(plan.parts())]
     seconds = time.time() - (plan.work.path / KEY).stat().st_mtime  # since the work began
-    parts = [plan.work.folder("write", number) / PART for number in np.flatnonzero(rows).tolist()]
     clear.finish_report(plan.cfg, parts, tally, aside, seconds)
-    return {"rows": sum(rows)}
+    return {"rows": tally.kept_rows}
 
 
 class LocalExecutor(LocalPipelineExecutor):

@@ -229,7 +229,7 @@ def deduplicate(texts: Sequence[str], settings: Settings, threads: int = 1) -> R
         order = np.arange(len(texts), dtype=np.uint64)
         documents = Documents(from_strings(texts), np.full(len(texts), "", object), order)
         signatures = sign(keys_of(documents.texts), settings)
-        names = write_shard(Path(folder, "0"), documents, signatures, np.zeros(len(texts), int), 1)
+        names = write_shard(Path(folder, "0"), documents, signatures, np.zeros(len(texts), int))
         corpus = Corpus([Shard(Path(folder, "0"), names)])
         clusters = find_clusters(corpus, settings, partial(join_near, threads=threads))
     cluster = order.astype(np.int64)

@@ -77,13 +77,13 @@ def key_table() -> tuple[np.ndarray, np.ndarray]:
     for code, char in simplified().items():
         table[code] = ord(char)
     is_simple = table > 0
-    composing = _composing()
+    merging = composing()
     expansions = [(0, 0, 0)]
     for code in np.flatnonzero(~is_simple).tolist():
         char = chr(code)
         if unicodedata.category(char) in ("Cn", "Cs", "Co"):
             continue
-        if composing.intersection(unicodedata.normalize("NFKD", char)):
+        if merging.intersection(unicodedata.normalize("NFKD", char)):
             table[code] = SLOW
             continue
         key = comparison_key(char)
@@ -97,7 +97,8 @@ def key_table() -> tuple[np.ndarray, np.ndarray]:
     return table, np.array(expansions, np.uint32)
 
 
-def _composing() -> set[str]:
+@cache
+def composing() -> set[str]:
     """Characters that normalisation may merge with, or sort among, those before them."""
     jamo = {chr(code) for code in (*range(0x1161, 0x1176), *range(0x11A8, 0x11C3))}
     found = set(jamo)

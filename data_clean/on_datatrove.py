@@ -98,19 +98,20 @@ def stages(plan: "Plan") -> list[Stage]:
     tasks = min(cfg.tasks or pieces, pieces)
     similar = cfg.bands * math.ceil(tasks / cfg.bands) if cfg.dedup == "minhash" else 1
     clean = [blocks.PieceReader(plan), blocks.CleaningFilter(plan), blocks.ShardBlock(plan)]
-    made = [Stage("extract", "读取与清洗", clean, tasks)]
     steps = [
         ("lines", "公共行", blocks.find_lines, 1),
         ("strip", "剔除公共行", blocks.strip_piece, pieces),
         ("equal", "完全重复", blocks.find_equal, 1),
         ("similar", "近似重复", blocks.find_similar, similar),
         ("choose", "选出保留的文档", blocks.choose_kept, 1),
-        ("write", "打乱与写出", blocks.write_kept, plan.jobs[0].recipe.parts),
         ("publish", "报告", blocks.publish, 1),
     ]
-    for name, label, function, count in steps[0 if cfg.boilerplate else 2 :]:
-        made.append(Stage(name, label, [blocks.Task(plan, name, function)], count))
-    return made
+    made = [
+        Stage(name, label, [blocks.Task(plan, name, function)], count)
+        for name, label, function, count in steps
+    ]
+    made.insert(-1, Stage("write", "打乱与写出", [blocks.PartWriter(plan)], tasks))
+    return [Stage("extract", "读取与清洗", clean, tasks), *made[0 if cfg.boilerplate else 2 :]]
 
 
 def run_locally(cfg: Config, pipelines: list[Stage], work: WorkFolder) -> None:

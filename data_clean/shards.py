@@ -1,8 +1,8 @@
 """Documents on disk between the steps of cleaning: their texts in one file, what is known of them in columns.
 
 A shard is a folder of flat arrays, so that a step maps only the columns it needs, and can fetch single texts.
-Its documents are ordered by the part of the output that they will go to, drawn at random: reading part k of
-every shard is half of a shuffle that never has the corpus in memory.
+Its documents are ordered by a random number below SLOTS: part k of the output is the k-th range of slots of all
+shards, and reading that is half of a shuffle that never has the corpus in memory.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,6 +17,7 @@ from data_clean.signatures import Signatures
 from data_clean.texts import Texts
 
 TEXT = "text.bin"
+SLOTS = 4096  # the most parts that the output can have
 
 
 class Documents(NamedTuple):
@@ -54,31 +55,34 @@ class Shard:
             np.asarray(np.memmap(self.folder / TEXT, np.uint8, "r")), np.load(self.folder / "starts.npy")
         )
 
+    def sizes(self) -> np.ndarray:
+        """UTF-8 bytes of each document, (count,)."""
+        return np.diff(self.column("starts"))
+
     def source_names(self) -> np.ndarray:
         """The data set of each document, (count,) objects."""
         return np.array(self.sources, object)[self.column("source")]
 
-    def part_of(self) -> np.ndarray:
-        """Number of the part of the output that each document goes to, (count,)."""
-        ends = self.column("parts")
-        return np.repeat(np.arange(len(ends) - 1), np.diff(ends))
+    def slot_of(self) -> np.ndarray:
+        """Slot of each document, (count,)."""
+        return np.repeat(np.arange(SLOTS), np.diff(self.column("slots")))
 
-    def part(self, number: int) -> slice:
-        """The documents that go to this part of the output."""
-        ends = self.column("parts")
-        return slice(int(ends[number]), int(ends[number + 1]))
+    def part(self, number: int, parts: int) -> slice:
+        """The documents that go to this of so many parts of the output."""
+        ends = self.column("slots")
+        return slice(*(int(ends[SLOTS * k // parts]) for k in (number, number + 1)))
 
 
 def write_shard(
-    folder: Path, documents: Documents, signatures: Sequence[np.ndarray], part_of: np.ndarray, parts: int
+    folder: Path, documents: Documents, signatures: Sequence[np.ndarray], slot_of: np.ndarray
 ) -> list[str]:
-    """Write documents as a shard, ordered by part of the output.
+    """Write documents as a shard.
 
-    signatures: columns of `Signatures`, or nothing. part_of: (n,) number of the part that each document goes to,
-    below `parts`. Returns the names of the data sets, behind the codes in the column "source".
+    signatures: columns of `Signatures`, or nothing. slot_of: (n,) slot of each document. Returns the names of the
+    data sets, behind the codes in the column "source".
     """
     folder.mkdir()
-    order = np.argsort(part_of, kind="stable")
+    order = np.argsort(slot_of, kind="stable")
     texts = documents.texts.take(order)
     texts.data.tofile(folder / TEXT)
     names, codes = np.unique(documents.sources.astype(str), return_inverse=True)
@@ -92,7 +96,7 @@ def write_shard(
         np.save(folder / f"{name}.npy", column[order].T.copy() if name == "bands" else column[order])
     np.save(folder / "starts.npy", texts.starts)
     np.save(folder / "length.npy", texts.characters.astype(np.uint32))
-    np.save(folder / "parts.npy", np.searchsorted(part_of[order], np.arange(parts + 1)))
+    np.save(folder / "slots.npy", np.searchsorted(slot_of[order], np.arange(SLOTS + 1)))
     return names.tolist()
 
 
@@ -112,11 +116,16 @@ class Corpus:
     def __len__(self) -> int:
         return int(self.firsts[-1])
 
+    def by_shard(self, flags: np.ndarray) -> Iterator[tuple[Shard, np.ndarray]]:
+        """Every shard with its part of an array that has a value for each document."""
+        for shard, first in zip(self.shards, self.firsts, strict=False):
+            yield shard, flags[first : first + shard.count]
+
     def rows(self, name: str, numbers: np.ndarray) -> np.ndarray:
         """Rows of a column for documents in any order, (m, ...)."""
         order = np.argsort(numbers, kind="stable")
         parts = [self._column(shard, name)[local] for shard, local in self._by_shard(numbers[order])]
-        ordered = np.concatenate(parts)
+        ordered = np.concatenate([self._column(0, name)[:0], *parts])
         result = np.empty_like(ordered)
         result[order] = ordered
         return result

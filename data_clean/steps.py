@@ -17,21 +17,29 @@ import numpy as np
 
 from data_clean.benchmarks import Benchmarks
 from data_clean.boilerplate import line_hashes, without_lines
+from data_clean.features import COLUMN, FEATURES
 from data_clean.keys import keys_of
 from data_clean.mask import mask_private
 from data_clean.normalise import normalise_batch
 from data_clean.rules import RuleSet, preset_of
-from data_clean.shards import Documents, Shard, write_shard
+from data_clean.shards import SLOTS, Documents, Shard, write_shard
 from data_clean.signatures import Settings, Signatures, sign
-from data_clean.tally import Tally
+from data_clean.tally import CONTAMINATED, SHARES, Tally
 from data_clean.texts import Texts, concatenate, from_arrow
 from sources.aside import SetAside
 from sources.pieces import Piece, read_batches
 
-SHARD_BYTES = 128 << 20  # text of a shard; a worker holds it twice while it is written
+SHARD_BYTES = 64 << 20  # text of a shard; a worker holds it twice while it is written
 Judge = Callable[[RuleSet, Texts], tuple[np.ndarray, list[str]]]  # -> rules broken or -1, their names
 ROW_GROUP = 5000  # rows: readers stream parquet and hold one group
 PART = "part.parquet"
+SHOWN = (
+    "chinese",
+    "punctuation",
+    "digits",
+    "ended_lines",
+    "repeated_8gram",
+)  # features with a histogram in the report
 
 
 @dataclass(frozen=True)
@@ -39,8 +47,8 @@ class Recipe:
     """What is done with every text; the same in all processes."""
 
     text_column: str | None
-    presets: tuple[tuple[str, str], ...]  # (data set, preset)
-    thresholds: tuple[tuple[str, float], ...]  # (rule, threshold) in place of the preset's
+    presets: tuple[tuple[str, str], ...]  # (pattern of data sets, preset)
+    limits: tuple[tuple[str, float], ...]  # (rule, limit) in place of the preset's
     block_words: tuple[str, ...]
     mask_private: bool
     to_simplified: bool
@@ -49,7 +57,6 @@ class Recipe:
     benchmark_ngram: int
     boilerplate: int  # documents that must share a line for it to go; 0: lines are left alone
     duplicates: Settings
-    parts: int  # of the output
     seed: int
 
 
@@ -69,6 +76,7 @@ class StripJob(NamedTuple):
 
 class PartJob(NamedTuple):
     number: int
+    parts: int
     shards: Sequence[Shard]
     keep: Path  # (documents of all shards,) bool
     seed: int
@@ -95,10 +103,8 @@ def strip_lines(job: StripJob, folder: Path) -> dict[str, Any]:
     documents = cleaner.strip(before, np.load(job.lines))
     if not documents.texts.count:
         return {"tally": cleaner.tally.to_json(), "shards": []}
-    part_of = shard.part_of()[np.isin(before.order, documents.order)]
-    sources = write_shard(
-        folder / f"{job.number:03d}", documents, cleaner.sign(documents), part_of, job.recipe.parts
-    )
+    slot_of = shard.slot_of()[np.isin(before.order, documents.order)]
+    sources = write_shard(folder / f"{job.number:03d}", documents, cleaner.sign(documents), slot_of)
     return {"tally": cleaner.tally.to_json(), "shards": [sources]}
 
 
@@ -110,14 +116,12 @@ def write_part(job: PartJob, folder: Path) -> dict[str, Any]:
     keep, first = np.load(job.keep, mmap_mode="r"), 0
     texts, sources = [], [np.empty(0, object)]
     for shard in job.shards:
-        here = shard.part(job.number)
+        here = shard.part(job.number, job.parts)
         kept = here.start + np.flatnonzero(keep[first + here.start : first + here.stop])
         first += shard.count
         if len(kept):
             texts.append(shard.texts().take(kept))
             sources.append(shard.source_names()[kept])
-    if not texts:
-        return {"tally": Tally().to_json(), "rows": 0}
     order = np.random.default_rng([job.seed, job.number]).permutation(sum(part.count for part in texts))
     shuffled, names = concatenate(texts).take(order), np.concatenate(sources)[order]
     table = pa.table({"text": shuffled.to_arrow(), "source": pa.array(names, pa.string())})
@@ -127,7 +131,7 @@ def write_part(job: PartJob, folder: Path) -> dict[str, Any]:
     )  # fmt: skip
     tally = Tally()
     tally.count_kept(shuffled, names)
-    return {"tally": tally.to_json(), "rows": len(order)}
+    return {"tally": tally.to_json()}
 
 
 def read(job: ExtractJob, aside: SetAside, tally: Tally) -> Iterator[Documents]:
@@ -139,7 +143,8 @@ def read(job: ExtractJob, aside: SetAside, tally: Tally) -> Iterator[Documents]:
         position += texts.count
         if not job.is_reference:
             characters = tally.count_read(texts, sources)
-            tally.step("读取", texts.count, texts.count, characters, characters, time.process_time() - start)
+            seconds = time.process_time() - start
+            tally.step("读取", texts.count, texts.count, characters, characters, seconds)
         yield Documents(texts, sources, order)
         start = time.process_time()
 
@@ -175,12 +180,12 @@ class Cleaner:
         start = time.process_time()
         result = step(documents)
         seconds = time.process_time() - start
-        sizes = [int(d.texts.characters.sum()) for d in (documents, result)]
-        self.tally.step(name, documents.texts.count, result.texts.count, *sizes, seconds)
+        characters = [int(d.texts.characters.sum()) for d in (documents, result)]
+        self.tally.step(name, documents.texts.count, result.texts.count, *characters, seconds)
         return result
 
     def _normalise(self, documents: Documents) -> Documents:
-        texts = normalise_batch(documents.texts, self.recipe.to_simplified, self.recipe.half_width)
+        texts = normalise_batch(documents.texts, self.recipe.half_width, self.recipe.to_simplified)
         if self.recipe.mask_private:
             texts, counts = mask_private(texts)
             self.tally.count("隐私", counts)
@@ -191,7 +196,13 @@ class Cleaner:
         return self._drop(documents, lambda rules, texts: (rules.raw_verdicts(texts), rules.raw_names))
 
     def _filter(self, documents: Documents) -> Documents:
-        return self._drop(documents, lambda rules, texts: (rules.verdicts(texts), rules.names))
+        return self._drop(documents, self._judge)
+
+    def _judge(self, rules: RuleSet, texts: Texts) -> tuple[np.ndarray, list[str]]:
+        features = rules.measure(texts)
+        for name in SHOWN:
+            self.tally.histogram(FEATURES[name], features[:, COLUMN[name]], SHARES)
+        return rules.verdicts(texts, features), rules.names
 
     def _strip(self, documents: Documents, lines: np.ndarray) -> Documents:
         texts, lost = without_lines(documents.texts, lines)
@@ -216,7 +227,7 @@ class Cleaner:
         benchmarks = read_benchmarks(self.recipe.benchmarks, self.recipe.benchmark_ngram)
         hits = benchmarks.hits(*keys_of(documents.texts))
         self.tally.drop_contaminated(documents.texts, documents.sources, hits, benchmarks)
-        self._note(documents.order[hits >= 0], "评测题")
+        self._note(documents.order[hits >= 0], CONTAMINATED)
         return documents.where(hits < 0)
 
     def _note(self, order: np.ndarray, reason: str) -> None:
@@ -227,7 +238,7 @@ class Cleaner:
 @lru_cache(maxsize=8)
 def rule_set(preset: str, recipe: Recipe) -> RuleSet:
     """The rules of a preset with the user's thresholds; made once per process."""
-    return RuleSet(preset, dict(recipe.thresholds), recipe.block_words)
+    return RuleSet(preset, dict(recipe.limits), recipe.block_words)
 
 
 @lru_cache(maxsize=1)
@@ -262,9 +273,9 @@ class ShardWriter:
         signatures = [np.concatenate(parts) for parts in zip(*self.signatures, strict=True)]
         number = len(self.sources)
         rng = np.random.default_rng([self.recipe.seed, self.number, number])
-        part_of = rng.integers(0, self.recipe.parts, documents.texts.count)
+        slot_of = rng.integers(0, SLOTS, documents.texts.count)
         folder = self.folder / f"{number:03d}"
-        self.sources.append(write_shard(folder, documents, signatures, part_of, self.recipe.parts))
+        self.sources.append(write_shard(folder, documents, signatures, slot_of))
         if self.recipe.boilerplate:
             np.save(folder / "lines.npy", line_hashes(documents.texts))
         self.documents, self.signatures, self.bytes = [], [], 0

@@ -43,6 +43,11 @@ class Texts(NamedTuple):
         """The texts at these positions, in this order, copied into a new buffer."""
         return from_arrow(self.to_arrow().take(pa.array(indices, pa.int64())))
 
+    def replace(self, where: np.ndarray, strings: list[str]) -> "Texts":
+        """The same texts but for those at the positions `where`, a mask (n,) bool, in a new buffer."""
+        strings = pa.array(strings, pa.large_string())
+        return from_arrow(pc.replace_with_mask(self.to_arrow(), pa.array(where), strings))
+
 
 def from_strings(strings: Iterable[str]) -> Texts:
     """Put Python strings into one buffer; a lone surrogate raises UnicodeEncodeError."""

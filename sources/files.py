@@ -11,6 +11,7 @@ OUR_OUTPUTS = (DEMO_DIR, ROOT / "data" / "clean")
 # Files that lie beside data sets but are not data to be read as text; .bin files hold tokens.
 NOT_TEXT = {".bin", ".md", ".model", ".pdf", ".png", ".jpg", ".jpeg", ".pth", ".py", ".safetensors"}
 NOT_DATA = {"readme", "license", "report"}
+CONTAINERS = {".gz", ".zst", ".zip", ".json", ".jsonl", ".txt", ".csv", ".parquet", ".bin"}
 
 
 def list_files(path: Path, skip: Iterable[Path] = OUR_OUTPUTS) -> list[Path]:
@@ -26,33 +27,35 @@ def list_files(path: Path, skip: Iterable[Path] = OUR_OUTPUTS) -> list[Path]:
     skipped = [folder.resolve() for folder in skip]
     skipped = [folder for folder in skipped if folder != root and root.is_relative_to(folder) is False]
     files = [
-        file for file in sorted(walk(path)) if _is_data(file, path) and not _below(file.resolve(), skipped)
+        file
+        for file in sorted(walk(path))
+        if is_data_name(file, path) and not is_sidecar(file) and not _below(file.resolve(), skipped)
     ]
     if not files:
         raise UserError(
-            f"{path} 里没有数据文件；请放入 JSON、JSON lines、parquet 或 txt（可 gzip 压缩）后重跑。"
+            f"{path} 里没有数据文件；请放入 JSON、JSON lines、parquet 或 txt（可用 gzip、zstd、zip 压缩）后重跑。"
         )
     return files
 
 
 def source_name(file: Path, root: Path) -> str:
-    """The data set a file belongs to: its top folder below `root`, otherwise its own stem."""
+    """The data set a file belongs to: its top folder (or zip archive) below `root`, otherwise its own stem."""
     parts = file.relative_to(root).parts if file != root else (file.name,)
-    return parts[0] if len(parts) > 1 else stem(file)
+    return stem(Path(parts[0]))
 
 
 def stem(file: Path) -> str:
     """The file name without its container suffixes (`a.jsonl.gz` -> `a`), other dots kept."""
     name = file.name
-    while Path(name).suffix.lower() in {".gz", ".json", ".jsonl", ".txt", ".csv", ".parquet", ".bin"}:
+    while Path(name).suffix.lower() in CONTAINERS:
         name = name[: -len(Path(name).suffix)]
     return name or file.name
 
 
-def _is_data(file: Path, root: Path) -> bool:
-    hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
-    skip_name = file.stem.lower() in NOT_DATA or file.suffix.lower() in NOT_TEXT
-    return not (hidden or skip_name or is_sidecar(file))
+def is_data_name(file: Path, root: Path) -> bool:
+    """Whether a file below `root` (a folder or a zip archive) may hold data, by its name alone."""
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in file.relative_to(root).parts)
+    return not (hidden or file.stem.lower() in NOT_DATA or file.suffix.lower() in NOT_TEXT)
 
 
 def walk(folder: Path) -> Iterator[Path]:

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -99,14 +100,10 @@ def test_command_line(raw):
     assert all(example["similarity"] >= 0.65 for example in report["rules"]["近似重复"]["examples"])
     assert "近似去重" in result.stdout and "iconv -f GBK" in result.stdout
     page = (out / "report.html").read_text(encoding="utf-8")
-    assert "近似重复" in page and "http" not in page.replace(
-        "http://www.w3.org", ""
-    )  # works without a network
+    assert "近似重复" in page and not re.search("(src|href)=.http", page)  # works without a network
 
 
-def test_same_bytes_whatever_the_workers(raw, tmp_path):
-    """Pieces are small enough that both processes have several."""
-    folder, _ = raw
+def test_same_bytes_whatever_the_workers(tmp_path):
     big = tmp_path / "raw" / "big"
     rng = random.Random(1)
     for number in range(4):
@@ -201,7 +198,7 @@ def test_killed_at_any_moment_the_rerun_gives_the_same_bytes(longer, tmp_path):
     expected = bytes_of(longer / "out")
     assert bytes_of(tmp_path / "out") == expected
     rng = random.Random(6)
-    for _ in range(4):
+    for _ in range(2):
         shutil.rmtree(tmp_path / "out")
         for _ in range(3):  # the same run is killed again and again
             process = subprocess.Popen(
@@ -210,8 +207,7 @@ def test_killed_at_any_moment_the_rerun_gives_the_same_bytes(longer, tmp_path):
             time.sleep(rng.uniform(0.2, 1) * whole)
             process.send_signal(signal.SIGKILL)
             process.wait()
-        result = clear(*args)
-        assert result.returncode == 0, result.stderr
+        cleaned(*args)
         assert bytes_of(tmp_path / "out") == expected
 
 
@@ -250,30 +246,27 @@ def test_full_disk_is_said_and_leaves_nothing_half_written(longer, tmp_path):
         subprocess.run(["umount", disk], check=True)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the kernel must count private memory")
+@pytest.mark.skipif(sys.platform != "linux", reason="private memory is read from /proc")
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
-    """More text than the process may have private memory (RLIMIT_DATA): nothing holds the corpus."""
-    import resource
-
-    rng = random.Random(8)
-    block = [sentence(rng, 1000) for _ in range(3000)]
-    for number in range(16):
-        rows = [{"text": f"{text[number * 50 :]}{sentence(rng, 600)}"} for text in block]
-        write_lines(tmp_path / "raw" / f"{number}.jsonl", rows)
-    size = sum(file.stat().st_size for file in (tmp_path / "raw").iterdir())
-    limit = 150 << 20
-    assert size > limit
-    idle = subprocess.run(
-        [sys.executable, "-c", "import data_clean.clear, re; print(re.search(r'VmData:\\s+(\\d+)', open('/proc/self/status').read())[1])"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    limit += int(idle.stdout) * 1024  # what Python and the libraries take before anything is read
-    result = clear(
-        "--data", tmp_path / "raw", "--out", tmp_path / "out", "--workers", 1, "--part_mb", 16,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)),
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert len(read_clean(tmp_path / "out")) > 40_000
+    """Four times the text, the same memory; files mapped from the disk do not count, they can be dropped."""
+    rng, peaks = random.Random(8), []
+    for files in (2, 8):
+        folder = tmp_path / f"{files}"
+        for number in range(files):
+            letters = sentence(rng, 300_000)
+            starts = [rng.randrange(298_000) for _ in range(15_000)]
+            write_lines(folder / f"{number}.jsonl", [{"text": letters[i : i + 1500] + "。"} for i in starts])
+        process = subprocess.Popen(
+            command("--data", folder, "--out", tmp_path / f"out{files}", "--workers", 1, "--part_mb", 32),
+            cwd=ROOT, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        peaks.append(0)
+        while process.poll() is None:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            peaks[-1] = max(peaks[-1], *map(int, re.findall(r"RssAnon:\s+(\d+)", status) or [0]))
+            time.sleep(0.01)
+        assert process.returncode == 0
+    assert peaks[1] < 1.25 * peaks[0]
 
 
 def test_mistakes_end_in_one_line(tmp_path):

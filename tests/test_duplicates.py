@@ -14,7 +14,7 @@ from data_clean.duplicates import find_clusters, join_near
 from data_clean.jaccard import similarities
 from data_clean.keys import comparison_key, keys_of
 from data_clean.reference import ngrams
-from data_clean.shards import Corpus, Documents, Shard, write_shard
+from data_clean.shards import SLOTS, Corpus, Documents, Shard, write_shard
 from data_clean.signatures import Settings, minhash, sign, simhash
 from data_clean.texts import from_strings
 
@@ -39,10 +39,8 @@ def corpus_of(folder: Path, texts, config=DEFAULT, sources=None, shards=1, refer
     made = []
     for number, part in enumerate(np.array_split(np.arange(len(texts)), shards)):
         documents = Documents(from_strings([texts[i] for i in part]), sources[part], part.astype(np.uint64))
-        part_of = np.random.default_rng(number).integers(0, 3, len(part))
-        names = write_shard(
-            folder / f"{number}", documents, sign(keys_of(documents.texts), config), part_of, 3
-        )
+        slot_of = np.random.default_rng(number).integers(0, SLOTS, len(part))
+        names = write_shard(folder / f"{number}", documents, sign(keys_of(documents.texts), config), slot_of)
         made.append(Shard(folder / f"{number}", names, number < references))
     return Corpus(made)
 

@@ -4,7 +4,7 @@ import pytest
 from conftest import script
 
 from sources.files import list_files
-from sources.token_files import published_bins
+from sources.published_tokens import published_bins
 from stage import UserError, atomic_path, sidecar_path
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from data_clean.duplicates import find_clusters, join_near
 from data_clean.keys import keys_of
-from data_clean.shards import Documents, write_shard
+from data_clean.shards import SLOTS, Documents, write_shard
 from data_clean.signatures import sign
 from data_clean.texts import from_strings
 from stage import UserError
@@ -177,11 +177,12 @@ def make_plan(folder, groups, cfg, references=0):
         texts = from_strings([text for text, _ in group])
         order = np.arange(number << 40, (number << 40) + len(group), dtype=np.uint64)
         documents = Documents(texts, np.array([source for _, source in group], object), order)
+        slots = np.random.default_rng(number).integers(0, SLOTS, len(group))
         task = work.folder("extract", number)
         task.mkdir(parents=True)
         names = []
         if group:
-            names = [write_shard(task / "000", documents, sign(keys_of(texts), cfg.duplicates), order % 2, 2)]
+            names = [write_shard(task / "000", documents, sign(keys_of(texts), cfg.duplicates), slots)]
         (task / RESULT).write_text(json.dumps({"shards": names}), encoding="utf-8")
         jobs.append(clear.ExtractJob(number, None, None, number < references))
     return datatrove_blocks.Plan(cfg, jobs, work)

@@ -12,10 +12,10 @@ import math
 import os
 import shlex
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from this folder or from the root
 
@@ -69,7 +69,8 @@ def main(cfg: Config) -> None:
     if cfg.demo:
         ensure_demo()
     check_writable(cfg.out)
-    cfg = replace(cfg, data=cfg.data.resolve(), out=cfg.out.resolve())  # tasks start in other folders
+    # Tasks start in other folders.
+    cfg = replace(cfg, **{field.name: absolute(getattr(cfg, field.name)) for field in fields(cfg)})
     jobs = clear.extract_jobs(cfg)
     key = clear.work_key(replace(cfg, **ANYWHERE), jobs)
     # It is not left: on Slurm the work only begins when this process ends, and datatrove's records are in it.
@@ -82,9 +83,16 @@ def main(cfg: Config) -> None:
         report_end(cfg, work)
 
 
+def absolute(value: Any) -> Any:
+    """A setting with absolute paths."""
+    if isinstance(value, tuple):
+        return tuple(map(absolute, value))
+    return value.absolute() if isinstance(value, Path) else value
+
+
 def need_packages(cfg: Config) -> None:
     """Raise UserError unless datatrove (and ray) are installed."""
-    needed = ["datatrove", "regex", *(["ray"] if cfg.executor == "ray" else [])]
+    needed = ["datatrove", "regex", "zstandard", *(["ray"] if cfg.executor == "ray" else [])]
     if missing := [name for name in needed if find_spec(name) is None]:
         command = f"{INSTALL}{' ray' if missing == ['ray'] else ''}"
         raise UserError(f"没有安装 {'、'.join(missing)}；请运行 {command}。")

@@ -1,6 +1,5 @@
 """Cleaning on datatrove: the result of the single machine, through the local executor, Slurm (imitated) and Ray."""
 
-import io
 import json
 import os
 import random
@@ -18,6 +17,7 @@ from data_clean.duplicates import find_clusters, join_near
 from data_clean.keys import keys_of
 from data_clean.shards import SLOTS, Documents, write_shard
 from data_clean.signatures import sign
+from data_clean.tally import CONTAMINATED
 from data_clean.texts import from_strings
 from stage import UserError
 from workers import RESULT, WorkFolder
@@ -40,6 +40,12 @@ def edited(rng, text, edits):
     return "".join(letters)
 
 
+def write_lines(file, texts, *more):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    file.write_text("\n".join([*lines, *more]), encoding="utf-8")
+
+
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory):
     """Five files of two data sets with duplicates within and across them, dirt, and rows that cannot be read."""
@@ -49,10 +55,8 @@ def raw(tmp_path_factory):
     texts += ["略", "哈" * 40, "\ufffd" * 30, "锟斤拷" * 20]
     rng.shuffle(texts)
     for number in range(5):
-        rows = [{"text": text} for text in texts[number::5]] + [{"txt": 1}]
         file = folder / ("wiki" if number % 2 else "C4_zh") / f"{number}.jsonl"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+        write_lines(file, texts[number::5], '{"txt": 1}')
     (folder / "empty.jsonl").touch()
     return folder
 
@@ -108,7 +112,7 @@ def test_two_local_workers_equal_the_single_machine_and_go_on(raw, single):
     assert pq.read_schema(out / "part-00000.parquet").names == ["text", "source"]
 
     work = out.with_name(".local.datatrove")
-    dropped = [json.loads(line) for file in (work / "dropped").iterdir() for line in zstd_lines(file)]
+    dropped = dropped_in(work)
     reasons = [row["metadata"]["filter_reason"] for row in dropped]
     stats = json.loads((work / "logs" / "extract" / "stats.json").read_text(encoding="utf-8"))
     counts = {k.removeprefix("dropped_"): v for k, v in stats[1]["stats"].items() if k.startswith("dropped_")}
@@ -128,42 +132,39 @@ def test_two_local_workers_equal_the_single_machine_and_go_on(raw, single):
     same_result(out, single)
 
 
-def zstd_lines(file):
-    with open(file, "rb") as raw_file:
-        return io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(raw_file), "utf-8").readlines()
+def dropped_in(work):
+    """The documents that the filter has put aside."""
+    rows = []
+    for file in (work / "dropped").glob("*.jsonl.zst"):
+        with zstandard.open(file, "rt", encoding="utf-8") as lines:
+            rows += map(json.loads, lines)
+    return rows
 
 
 def test_all_optional_steps(raw, single, tmp_path):
     """Reference documents, common lines, preferred sources, several parts: together, and in other processes."""
     rng = random.Random(3)
     footer = "本页面的文字允许在知识共享协议下修改和再使用。"
-    rows = [{"text": f"{sentence(rng, 3000)}\n{footer}"} for _ in range(120)]
+    long = [f"{sentence(rng, 3000)}\n{footer}" for _ in range(120)]
     new = tmp_path / "new"
-    for name in ("a", "b"):
-        (new / name).mkdir(parents=True)
-        lines = [json.dumps(row, ensure_ascii=False) for row in rows + rows[: 20 if name == "b" else 0]]
-        (new / name / "0.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    old = texts_in(single)
-    (new / "c.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in old[:50]), encoding="utf-8")
-    options = (
-        "--data",
-        new,
-        "--against",
-        single,
-        "--boilerplate",
-        5,
-        "--prefer",
-        "b",
-        "--part_mb",
-        1,
-        *FEW_BANDS,
-    )
+    write_lines(new / "a" / "0.jsonl", long)
+    write_lines(new / "b" / "0.jsonl", long + long[:20])
+    known = texts_in(single)[:50]
+    question = sentence(rng, 40)
+    (tmp_path / "题.csv").write_text(f"id,question,A,B,C,D\n0,{question},甲,乙,丙,丁\n", encoding="utf-8")
+    write_lines(new / "c.jsonl", [*known, f"{sentence(rng, 100)}\n{question}\nA. 甲\nB. 乙\nC. 丙\nD. 丁"])
+    options = [
+        "--data", new, "--against", single, "--boilerplate", 5, "--prefer", "b", "--part_mb", 1,
+        "--benchmarks", tmp_path / "题.csv", "--to_simplified", *FEW_BANDS,
+    ]  # fmt: skip
     script("data_clean/clear.py", "--out", tmp_path / "single", *options)
     on_cluster("--out", tmp_path / "many", "--workers", 1, *options)
     same_result(tmp_path / "many", tmp_path / "single")
     assert len(parquet_bytes(tmp_path / "many")) > 1
     texts = texts_in(tmp_path / "many")
-    assert len(texts) == 120 and not any(footer in text for text in texts)
+    assert len(texts) == 120 and not any(footer in text or question in text for text in texts)
+    (dropped,) = dropped_in(tmp_path / ".many.datatrove")
+    assert question in dropped["text"] and dropped["metadata"]["filter_reason"] == CONTAMINATED
 
 
 # --- the steps of deduplication, against the function of the single machine ---

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from data_clean.datatrove_blocks import Plan
 
 INSTALL = "pip install -r requirements-cluster.txt"
+# Of the input, for one task that looks for near duplicates; each of them reads a band's keys of all documents.
+SHARE_BYTES = 64 << 30
 MOST_JOBS = 1000  # of a Slurm array: its usual limit (MaxArraySize)
 # Where the work is done does not change the result: a run can go on elsewhere.
 ANYWHERE = dict(executor="local", workers=0, mem_gb=1, partition="", time="", sbatch=())
@@ -104,7 +106,8 @@ def stages(plan: "Plan") -> list[Stage]:
 
     cfg, pieces = plan.cfg, len(plan.jobs)
     tasks = min(cfg.tasks or pieces, pieces)
-    similar = cfg.bands * math.ceil(tasks / cfg.bands) if cfg.dedup == "minhash" else 1
+    shares = min(math.ceil(tasks / cfg.bands), 1 + sum(job.piece.size for job in plan.jobs) // SHARE_BYTES)
+    similar = cfg.bands * shares if cfg.dedup == "minhash" else 1
     clean = [blocks.PieceReader(plan), blocks.CleaningFilter(plan), blocks.ShardBlock(plan)]
     steps = [
         ("lines", "公共行", blocks.find_lines, 1),

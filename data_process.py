@@ -57,14 +57,10 @@ class Config(StageConfig):
     text_column: str | None = None  # 正文所在的字段；不填则按各公开数据集的格式识别
     bin: tuple[Path, ...] = ()  # 并入这些已分好词的 .bin（无文件头 uint16，ChatGLM2 词表），会复制一份
     find_bin: bool = True  # 也并入 data/ 下找到的这种 .bin；文件很大、不想复制时用 --no_find_bin
-    weights: tuple[
-        str, ...
-    ] = ()  # 各来源训练几遍，如 wiki=3 C4_zh=0.5（抽一半）；没写的 1 遍，验证集不受影响
+    weights: tuple[str, ...] = ()  # 各来源训练几遍，如 wiki=3 C4_zh=0.5（抽一半）；没写的 1 遍
     out: Path = ROOT / "data" / "pretrain_data.bin"  # 训练集；统计写在同名 .json
     valid: Path = ROOT / "data" / "valid_data.bin"  # 验证集；统计写在同名 .json
-    valid_fraction: float = (
-        0.005  # 验证集占文档的比例，按内容的哈希选：追加语料不改变原有划分；0 表示不留验证集
-    )
+    valid_fraction: float = 0.005  # 验证集占文档的比例，按内容的哈希选，追加语料不改变原有划分；0 为不留
     valid_documents: int = 50  # 小语料的验证集至少这么多篇（但不超过约十分之一）
     valid_tokens: int = 1_000_000  # 验证集至多这么多 token，超过则比例减半
     shuffle: bool = True  # 打乱训练文档的顺序；--no_shuffle 保持语料的顺序

@@ -22,13 +22,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from this
 
 import numpy as np
 
+from data_clean.benchmarks import NGRAM, Benchmarks
 from data_clean.boilerplate import frequent_lines
 from data_clean.duplicates import Join, find_clusters, join_near
 from data_clean.page import write_page
 from data_clean.rules import check_limit, check_preset, descriptions
 from data_clean.shards import SLOTS, Corpus, Shard
 from data_clean.signatures import Settings
-from data_clean.steps import PART, ExtractJob, PartJob, Recipe, StripJob, extract, strip_lines, write_part
+from data_clean.steps import (
+    KEEP,
+    PART,
+    ExtractJob,
+    PartJob,
+    Recipe,
+    ScoreJob,
+    StripJob,
+    extract,
+    score,
+    strip_lines,
+    write_part,
+)  # fmt: skip
 from data_clean.tally import Tally
 from sources.aside import SetAside
 from sources.demo_corpus import ensure_demo
@@ -56,7 +69,12 @@ class Config(StageConfig):
     half_width: bool = False  # 全角字母、数字转半角（中文标点不变）
     boilerplate: int = 0  # 至少在这么多篇文档里出现的相同的行（页眉、声明之类）删去；0 为不删
     benchmarks: tuple[Path, ...] = ()  # 评测题（C-Eval、CMMLU、CMB 等文件或文件夹）：与之雷同的文档删去并列出
-    benchmark_ngram: int = 20  # 与评测题有这么长的相同字串（只计文字）即为雷同
+    benchmark_ngram: int = (
+        NGRAM  # 比对评测题的字符 n 元组长度；越短越能认出改动过的题，也越容易误删被题目引用的原文
+    )
+    model: Path | None = None  # 用这个检查点给去重之后的文档打分（每字节比特数），在下面两个界限之外的丢弃
+    min_bits: float = 0.0  # 每字节比特数低于此的丢弃：模型觉得太容易，多半是套话
+    max_bits: float = 100.0  # 每字节比特数高于此的丢弃：模型觉得太难，多半是噪声
     dedup: Literal["minhash", "simhash", "none"] = "minhash"  # 近似去重方法；simhash 较粗：不逐对核实
     engine: Literal["fast", "reference"] = (
         "fast"  # reference：用 datasketch、simhash 包的直白实现，供对照，慢几百倍
@@ -111,14 +129,17 @@ def main(cfg: Config) -> None:
     check_writable(cfg.out)
     jobs = extract_jobs(cfg)
     tally, aside, begin = Tally(), SetAside(), time.perf_counter()
+    report = begin_report(cfg, aside)
     with WorkFolder(cfg.out.with_name(f".{cfg.out.name}.work"), work_key(cfg, jobs)) as work:
         shards = extract_all(cfg, jobs, work, tally, aside)
         if cfg.boilerplate:
             shards = strip_all(cfg, jobs[0].recipe, shards, work, tally)
         corpus = Corpus(shards)
         keep = without_duplicates(cfg, corpus, tally, near_engine(cfg))
+        if cfg.model:
+            keep = without_outliers(cfg, corpus, keep, work, tally)
         parts = write_parts(cfg, corpus, keep, work, tally)
-        finish_report(cfg, parts, tally, aside, time.perf_counter() - begin)
+        finish_report(cfg, report, parts, tally, aside, time.perf_counter() - begin)
     if not parts:
         raise UserError(f"{cfg.data} 里没有一篇可用的文档；原因见上表。")
     print(f"\n已写入 {cfg.out}：{tally.kept_rows:,} 篇，{tally.kept_characters:,} 字符")
@@ -156,6 +177,7 @@ def work_key(cfg: Config, jobs: list[ExtractJob]) -> dict[str, Any]:
     """All that intermediate results depend on."""
     others = [file for path in cfg.benchmarks for file in list_files(path)]
     others += [cfg.block_words] if cfg.block_words else []
+    others += sorted(cfg.model.rglob("*.*")) if cfg.model else []
     files = sorted({job.piece.file for job in jobs}) + others
     return {**settings(cfg), "workers": None, "files": file_key(files)}
 
@@ -229,6 +251,26 @@ def source_rank(cfg: Config, corpus: Corpus) -> Callable[[str], int]:
     return lambda name: cfg.prefer.index(name) if name in cfg.prefer else len(cfg.prefer)
 
 
+def without_outliers(
+    cfg: Config, corpus: Corpus, keep: np.ndarray, work: WorkFolder, tally: Tally
+) -> np.ndarray:
+    """The documents that a model finds neither too easy nor too hard, (n,) bool; one process, which uses all cores."""
+    np.save(work.path / "unique.npy", keep)
+    jobs = score_jobs(cfg, corpus, work.path / "unique.npy")
+    sizes = [shard.bytes for shard in corpus.shards]
+    for result in work.run("score", score, jobs, sizes, 1, "困惑度"):
+        tally.merge(result["tally"])
+    return np.concatenate([np.load(work.folder("score", n) / KEEP) for n in range(len(jobs))] or [keep])
+
+
+def score_jobs(cfg: Config, corpus: Corpus, unique: Path) -> list[ScoreJob]:
+    """A job for every shard. unique: where it is written which documents are to be judged."""
+    return [
+        ScoreJob(shard, int(first), unique, cfg.model, cfg.min_bits, cfg.max_bits)
+        for shard, first in zip(corpus.shards, corpus.firsts, strict=False)
+    ]
+
+
 def write_parts(cfg: Config, corpus: Corpus, keep: np.ndarray, work: WorkFolder, tally: Tally) -> list[Path]:
     """Write the kept documents, shuffled; returns the files."""
     if not keep.any():
@@ -250,13 +292,23 @@ def count_parts(cfg: Config, corpus: Corpus, keep: np.ndarray) -> tuple[int, int
     return size, min(size // (cfg.part_mb << 20) + 1, SLOTS)
 
 
-def finish_report(cfg: Config, parts: list[Path], tally: Tally, aside: SetAside, seconds: float) -> None:
+def begin_report(cfg: Config, aside: SetAside) -> dict[str, Any]:
+    """What is known before the work: settings, and what the benchmark files hold."""
+    report: dict[str, Any] = {"settings": settings(cfg)}
+    if cfg.benchmarks:  # read in every process; what is wrong with the files is said here, and now
+        report["benchmarks"] = Benchmarks.read(cfg.benchmarks, aside, cfg.benchmark_ngram).report()
+    return report
+
+
+def finish_report(
+    cfg: Config, report: dict[str, Any], parts: list[Path], tally: Tally, aside: SetAside, seconds: float
+) -> None:
     """Show what was done, and publish it if anything is left."""
     tally.show()
     aside.show()
     if parts:
-        counts = {**tally.report(descriptions()), "set_aside": aside.report()}
-        publish(cfg.out, parts, {**counts, "settings": settings(cfg), "seconds": round(seconds, 3)})
+        report |= tally.report(descriptions()) | {"set_aside": aside.report(), "seconds": round(seconds, 3)}
+        publish(cfg.out, parts, report)
 
 
 def publish(out: Path, parts: list[Path], report: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ from data_clean.boilerplate import frequent_lines
 from data_clean.duplicates import apart, flatten, join_by_minhash, join_by_simhash, join_equal, unite
 from data_clean.shards import Corpus, Documents, Shard
 from data_clean.signatures import Settings
-from data_clean.steps import PART, Cleaner, PartJob, ShardWriter, StripJob, read, strip_lines, write_part
+from data_clean.steps import KEEP, PART, Cleaner, PartJob, ScoreJob, ShardWriter, StripJob, read, strip_lines
 from data_clean.tally import Tally
 from data_clean.texts import from_strings
 from sources.aside import SetAside
@@ -60,9 +60,10 @@ class Plan:
         files = sorted(self.work.path.glob(f"{step}/*/{RESULT}"))
         return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
-    def parts(self) -> int:
-        """Files of the output, known when it is chosen what stays."""
-        return self.results("choose")[0]["parts"]
+    def keep(self) -> tuple[Path, int]:
+        """Which documents are written, and how many files they go to."""
+        step = "keep" if self.cfg.model else "choose"
+        return self.work.folder(step, 0) / KEEP, self.results(step)[0]["parts"]
 
     def corpus(self) -> Corpus:
         """All documents, in the order in which clear.py numbers them."""
@@ -173,25 +174,6 @@ def to_columns(batch: list[Document]) -> Documents:
     return Documents(from_strings([document.text for document in batch]), sources, order)
 
 
-class PartWriter(PipelineStep):
-    """Writes every world_size-th part of the output."""
-
-    type, name = "💽 - WRITER", "📒 写出"
-
-    def __init__(self, plan: Plan) -> None:
-        super().__init__()
-        self.plan = plan
-
-    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> None:
-        work, parts, shards = self.plan.work, self.plan.parts(), self.plan.corpus().shards
-        for number in range(rank, parts, world_size):
-            with self.track_time("part"):
-                job = PartJob(
-                    number, parts, shards, work.folder("choose", 0) / "keep.npy", self.plan.cfg.seed
-                )
-                finish(write_part, job, work.folder("write", number))
-
-
 class Work(NamedTuple):
     """One of `tasks` equal tasks of a step."""
 
@@ -213,6 +195,24 @@ class Task(PipelineStep):
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> None:
         with self.track_time("task"):
             finish(self.function, Work(self.plan, rank, world_size), self.plan.work.folder(self.step, rank))
+
+
+class Share(PipelineStep):
+    """Does every world_size-th of some jobs, whose number is only known when it runs, as clear.py would."""
+
+    type = "🧱 - TASK"
+
+    def __init__(
+        self, plan: Plan, step: str, jobs: Callable[[Plan], list[Any]], function: Callable[[Any, Path], Any]
+    ) -> None:
+        self.name = step
+        super().__init__()
+        self.plan, self.step, self.jobs, self.function = plan, step, jobs, function
+
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> None:
+        for number, job in list(enumerate(self.jobs(self.plan)))[rank::world_size]:
+            with self.track_time("job"):
+                finish(self.function, job, self.plan.work.folder(self.step, number))
 
 
 def find_lines(work: Work, folder: Path) -> dict[str, Any]:
@@ -282,24 +282,47 @@ def choose_kept(work: Work, folder: Path) -> dict[str, Any]:
 
     corpus = plan.corpus()
     keep = clear.without_duplicates(plan.cfg, corpus, tally, join)
-    np.save(folder / "keep.npy", keep)
-    parts = clear.count_parts(plan.cfg, corpus, keep)[1] if keep.any() else 0
-    return {"tally": tally.to_json(), "kept": int(keep.sum()), "parts": parts}
+    return {"tally": tally.to_json(), "parts": save_keep(plan, corpus, keep, folder)}
+
+
+def save_keep(plan: Plan, corpus: Corpus, keep: np.ndarray, folder: Path) -> int:
+    """Write which documents stay, and return how many files they go to."""
+    np.save(folder / KEEP, keep)
+    return clear.count_parts(plan.cfg, corpus, keep)[1] if keep.any() else 0
+
+
+def score_jobs(plan: Plan) -> list[ScoreJob]:
+    return clear.score_jobs(plan.cfg, plan.corpus(), plan.work.folder("choose", 0) / KEEP)
+
+
+def join_keep(work: Work, folder: Path) -> dict[str, Any]:
+    """Bring together what the model lets pass; one task."""
+    plan, corpus = work.plan, work.plan.corpus()
+    parts = [np.load(plan.work.folder("score", number) / KEEP) for number in range(len(corpus.shards))]
+    keep = np.concatenate([np.empty(0, bool), *parts])
+    return {"tally": Tally().to_json(), "parts": save_keep(plan, corpus, keep, folder)}
+
+
+def part_jobs(plan: Plan) -> list[PartJob]:
+    keep, parts = plan.keep()
+    shards = plan.corpus().shards
+    return [PartJob(number, parts, shards, keep, plan.cfg.seed) for number in range(parts)]
 
 
 def publish(work: Work, folder: Path) -> dict[str, Any]:
     """Write the report, and give everything its final name; one task."""
     plan, tally, aside = work.plan, Tally(), SetAside()
+    report = clear.begin_report(plan.cfg, aside)
     for result in plan.results("extract"):
         tally.merge(result["tally"])
         aside.merge(result["aside"])
     tally.step("读取", len(aside), 0, 0, 0, 0)  # rows that could not be used
-    for step in ("strip", "choose", "write"):
+    for step in ("strip", "choose", "score", "write"):
         for result in plan.results(step):
             tally.merge(result["tally"])
-    parts = [plan.work.folder("write", number) / PART for number in range(plan.parts())]
+    parts = [plan.work.folder("write", number) / PART for number in range(plan.keep()[1])]
     seconds = time.time() - (plan.work.path / KEY).stat().st_mtime  # since the work began
-    clear.finish_report(plan.cfg, parts, tally, aside, seconds)
+    clear.finish_report(plan.cfg, report, parts, tally, aside, seconds)
     return {"rows": tally.kept_rows}
 
 

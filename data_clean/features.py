@@ -168,9 +168,12 @@ def _tally(
         )  # fmt: skip
         size = min(tally[VISIBLE], SAMPLE)
         if size:
-            while len(line_table) < 2 * lines:
-                line_table = np.zeros(2 * len(line_table), np.uint64)
-            _judge_lines(kinds, visible, hashes[:lines], ends, line_table, tally)
+            slots = 16
+            while slots < 2 * lines:
+                slots *= 2
+            if slots > len(line_table):
+                line_table = np.zeros(slots, np.uint64)
+            _judge_lines(kinds, visible, hashes[:lines], ends, line_table[:slots], tally)
             if noted:
                 _judge_notes(kinds, visible, ends[:lines], notes[:, :noted], tally)
             entropies[text] = repetition(
@@ -269,8 +272,7 @@ def _judge_lines(kinds, visible, hashes, ends, table, tally):
 @njit(cache=True, nogil=True)
 def _judge_notes(kinds, visible, ends, notes, tally):
     """Add the sentences that have keywords to the text of these keywords; brackets; lines that end in 更多."""
-    note, line, begin = 0, 0, 0
-    opened = -1
+    note, line, begin, opened = 0, 0, 0, -1
     while note < notes.shape[1]:
         at = notes[0, note]
         while ends[line] <= at:

@@ -51,9 +51,7 @@ class Automaton(NamedTuple):
     """States are numbered from the root, 0; transitions not in the table go the way of the failure links."""
 
     kinds: np.ndarray  # (0x110000,) uint32 kinds of characters with their classes; class 0: in no keyword
-    pairs: (
-        np.ndarray
-    )  # (PAIRS,) bool whether a keyword may begin with these two classes, at pair_slot of them
+    pairs: np.ndarray  # (PAIRS,) bool at pair_slot: whether a keyword may begin with these two classes
     first: np.ndarray  # (classes,) int32 state after a character at the root
     keys: np.ndarray  # (2**k,) int64 state * classes + class of a transition, -1 where the slot is free
     targets: np.ndarray  # (2**k,) int32 its target

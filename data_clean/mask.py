@@ -149,7 +149,7 @@ KINDS = (
             r"(?<![\w.%+\-])\w[\w.%+\-]{0,63}@(?:[A-Za-z0-9\-]{1,63}\.){1,8}[A-Za-z]{2,24}(?![\w@]|-\w)",
             re.ASCII,
         ),
-        lambda match: True,
+        lambda match: not match[0].startswith("git@"),  # the user of every code host
     ),
     Kind("身份证号", "<身份证号>", _pattern(r"[1-8]\d{5}(?:19|20)\d{9}[\dXx]"), is_identity_number),
     Kind(

@@ -12,6 +12,7 @@ import math
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +21,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from this folder or from the root
 
 from data_clean import clear
+from data_clean.steps import score, write_part
+from sources.aside import SetAside
 from sources.demo_corpus import ensure_demo
 from stage import ROOT, UserError, check_writable, require, run_stage
 from workers import RESULT, WorkFolder, processors
@@ -74,6 +77,7 @@ def main(cfg: Config) -> None:
     # Tasks start in other folders.
     cfg = replace(cfg, **{field.name: absolute(getattr(cfg, field.name)) for field in fields(cfg)})
     jobs = clear.extract_jobs(cfg)
+    clear.begin_report(cfg, SetAside())  # says now what is wrong with benchmark files
     key = clear.work_key(replace(cfg, **ANYWHERE), jobs)
     # It is not left: on Slurm the work only begins when this process ends, and datatrove's records are in it.
     work = WorkFolder(cfg.out.with_name(f".{cfg.out.name}.datatrove"), key).__enter__()
@@ -109,20 +113,28 @@ def stages(plan: "Plan") -> list[Stage]:
     shares = min(math.ceil(tasks / cfg.bands), 1 + sum(job.piece.size for job in plan.jobs) // SHARE_BYTES)
     similar = cfg.bands * shares if cfg.dedup == "minhash" else 1
     clean = [blocks.PieceReader(plan), blocks.CleaningFilter(plan), blocks.ShardBlock(plan)]
-    steps = [
-        ("lines", "公共行", blocks.find_lines, 1),
-        ("strip", "剔除公共行", blocks.strip_piece, pieces),
-        ("equal", "完全重复", blocks.find_equal, 1),
-        ("similar", "近似重复", blocks.find_similar, similar),
-        ("choose", "选出保留的文档", blocks.choose_kept, 1),
-        ("publish", "报告", blocks.publish, 1),
-    ]
-    made = [
-        Stage(name, label, [blocks.Task(plan, name, function)], count)
-        for name, label, function, count in steps
-    ]
-    made.insert(-1, Stage("write", "打乱与写出", [blocks.PartWriter(plan)], tasks))
-    return [Stage("extract", "读取与清洗", clean, tasks), *made[0 if cfg.boilerplate else 2 :]]
+    made = [Stage("extract", "读取与清洗", clean, tasks)]
+    if cfg.boilerplate:
+        made.append(one_step(plan, "lines", "公共行", blocks.find_lines, 1))
+        made.append(one_step(plan, "strip", "剔除公共行", blocks.strip_piece, pieces))
+    made.append(one_step(plan, "equal", "完全重复", blocks.find_equal, 1))
+    made.append(one_step(plan, "similar", "近似重复", blocks.find_similar, similar))
+    made.append(one_step(plan, "choose", "选出保留的文档", blocks.choose_kept, 1))
+    if cfg.model:
+        scores = [blocks.Share(plan, "score", blocks.score_jobs, score)]
+        made.append(Stage("score", "困惑度", scores, tasks))
+        made.append(one_step(plan, "keep", "合并打分", blocks.join_keep, 1))
+    write = [blocks.Share(plan, "write", blocks.part_jobs, write_part)]
+    made.append(Stage("write", "打乱与写出", write, tasks))
+    made.append(one_step(plan, "publish", "报告", blocks.publish, 1))
+    return made
+
+
+def one_step(plan: "Plan", name: str, label: str, function: Callable[..., Any], tasks: int) -> Stage:
+    """A pipeline that runs a function of datatrove_blocks.py."""
+    from data_clean.datatrove_blocks import Task
+
+    return Stage(name, label, [Task(plan, name, function)], tasks)
 
 
 def run_locally(cfg: Config, pipelines: list[Stage], work: WorkFolder) -> None:

@@ -84,7 +84,7 @@ RULES = (
     Rule("四字串重复",   "top_4gram",          "above", True,  (0.24, 0.24, 0.16,  0.24, 0.24, 1),    MAP_CC),
     Rule("八字串重复",   "repeated_8gram",     "above", True,  (1,    1,    0.26,  1,    1,    1),    FINEWEB2),
     Rule("十二字串重复", "repeated_12gram",    "above", True,  (0.6,  0.6,  0.17,  0.6,  0.6,  1),    FINEWEB2),
-    Rule("十六字串重复", "repeated_16gram",    "above", True,  (0.45, 0.45, 0.145, 0.4,  0.45, 1),    FINEWEB2),
+    Rule("十六字串重复", "repeated_16gram",    "above", True,  (0.5,  0.5,  0.145, 0.5,  0.5,  1),    FINEWEB2),
     Rule("用字太单一",   "entropy",            "below", True,  (2.5,  2.5,  3,     2.5,  2.5,  0),    MAP_CC),
 )
 # fmt: on

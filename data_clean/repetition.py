@@ -15,7 +15,7 @@ from numba import njit
 SAMPLE = 20_000  # characters looked at: in a whole book even good prose repeats itself
 ECHO = 20  # characters within which a repeated phrase is an echo
 PADDING = 16  # zeros behind the names, where longer n-grams look for their second half
-SLOTS = 1 << 18  # of the hash table, 8 or more for each n-gram: few meet on their first slot
+SLOTS = 1 << 18  # of the hash table, 6 or more for each n-gram: few collide
 HASH = np.uint64(0x9E3779B97F4A7C15)
 LOGARITHMS = np.log(np.maximum(np.arange(SAMPLE + 1), 1))
 # What `repetition` counts.
@@ -28,7 +28,7 @@ class Room(NamedTuple):
     first: np.ndarray  # (0x110000,) int32 name of a character, 0 while it has not occurred
     names: np.ndarray  # (5, SAMPLE + PADDING) int32 names by place of characters, 2-, 4-, 8-grams, others
     places: np.ndarray  # (4, SAMPLE + 1) int32 where repeated 2-, 4-, 8-grams and others are
-    keys: np.ndarray  # (SAMPLE + 1,) uint32 both parts of an n-gram, by its name
+    keys: np.ndarray  # (SAMPLE + 1,) int64 both parts of an n-gram, by its name
     counts: np.ndarray  # (SAMPLE + 1,) int32 occurrences by name
     last: np.ndarray  # (SAMPLE + 1,) int32 place of the last occurrence by name
     table: np.ndarray  # (SLOTS,) int32 hash table of names

@@ -10,6 +10,7 @@ import numpy as np
 from data_clean.damage import RAW_FEATURES, measure_raw
 from data_clean.features import COLUMN, FEATURES, measure
 from data_clean.keywords import automaton
+from data_clean.normalise import normalise
 from data_clean.presets import LONG, PRESETS, RAW_RULES, RULES, Rule
 from data_clean.texts import Texts
 from stage import UserError
@@ -20,8 +21,8 @@ KNOWN_SOURCES = (
     (r"wiki|baike|百科", "encyclopedia"),
     (r"medical|huatuo|cmedqa|医", "medical"),
     (r"poem|poetry|shici|诗词|唐诗|宋词", "poetry"),
-    (r"book|novel|chapters|小说|classical", "books"),
-    (r"(?<![a-z])m?c4|wudao|skypile|cci\d?|map-?cc|webtext|commoncrawl|common-crawl|fineweb|wanjuan", "web"),
+    (r"(?<![a-z])(?:books?|novels?)(?![a-z])|chapters|小说|classical", "books"),
+    (r"(?<![a-z])(?:m?c4|cci)(?![a-z])|wudao|skypile|map-?cc|webtext|common-?crawl|fineweb|wanjuan", "web"),
 )
 # Features that are numbers; the others are shares.
 NUMBERS = ("characters", "content", "lines", "line_length", "entropy", "function_words")
@@ -46,7 +47,7 @@ class RuleSet:
         for name, limit in overrides.items():
             check_limit(name, limit)
         self.limits |= {name: float(limit) for name, limit in overrides.items() if name != LONG_NAME}
-        self.keywords = automaton(tuple(sorted({word.strip() for word in block_words} - {""})))
+        self.keywords = automaton(tuple(sorted({normalise(word) for word in block_words} - {""})))
 
     def raw_verdicts(self, texts: Texts) -> np.ndarray:
         """For raw texts the index in raw_names of the first rule that drops each, -1 for none: (n,) int8."""
@@ -64,7 +65,7 @@ class RuleSet:
         features: what `measure` has given for these texts, if it is there already.
         """
         features = self.measure(texts) if features is None else features
-        visible = features[:, COLUMN["characters"]] * (1 - features[:, COLUMN["spaces"]])
+        visible = np.rint(features[:, COLUMN["characters"]] * (1 - features[:, COLUMN["spaces"]]))
         return self._first(RULES, features, COLUMN, visible >= self.long)
 
     def _first(

@@ -21,6 +21,7 @@ from data_clean.features import COLUMN, FEATURES
 from data_clean.keys import keys_of
 from data_clean.mask import mask_private
 from data_clean.normalise import normalise_batch
+from data_clean.perplexity import bits_per_byte, outside
 from data_clean.rules import RuleSet, preset_of
 from data_clean.shards import SLOTS, Documents, Shard, write_shard
 from data_clean.signatures import Settings, Signatures, sign
@@ -32,7 +33,9 @@ from sources.pieces import Piece, read_batches
 SHARD_BYTES = 64 << 20  # text of a shard; a worker holds it twice while it is written
 Judge = Callable[[RuleSet, Texts], tuple[np.ndarray, list[str]]]  # -> rules broken or -1, their names
 ROW_GROUP = 5000  # rows: readers stream parquet and hold one group
-PART = "part.parquet"
+PART, KEEP = "part.parquet", "keep.npy"
+SCORED = 1000  # documents that a model judges at a time
+BITS = [n / 10 for n in range(81)]  # edges of a histogram
 SHOWN = (
     "chinese",
     "punctuation",
@@ -74,6 +77,15 @@ class StripJob(NamedTuple):
     number: int = 0  # of the new shard in its folder
 
 
+class ScoreJob(NamedTuple):
+    shard: Shard
+    first: int  # number of the shard's first document
+    keep: Path  # (documents of all shards,) bool
+    model: Path
+    low: float  # bits per byte
+    high: float
+
+
 class PartJob(NamedTuple):
     number: int
     parts: int
@@ -106,6 +118,25 @@ def strip_lines(job: StripJob, folder: Path) -> dict[str, Any]:
     slot_of = shard.slot_of()[np.isin(before.order, documents.order)]
     sources = write_shard(folder / f"{job.number:03d}", documents, cleaner.sign(documents), slot_of)
     return {"tally": cleaner.tally.to_json(), "shards": [sources]}
+
+
+def score(job: ScoreJob, folder: Path) -> dict[str, Any]:
+    """Judge the kept documents of a shard by a model; writes which of the shard's documents stay."""
+    shard, tally = job.shard, Tally()
+    keep = np.load(job.keep, mmap_mode="r")[job.first : job.first + shard.count].copy()
+    for numbers in np.array_split(np.flatnonzero(keep), keep.sum() // SCORED + 1):
+        start = time.process_time()
+        texts, sources = shard.texts().take(numbers), shard.source_names()[numbers]
+        values = bits_per_byte(texts.texts(), job.model)
+        tally.histogram("每字节比特数", values, BITS)
+        for rule, dropped in outside(values, job.low, job.high).items():
+            tally.drop(rule, texts, sources, dropped)
+            keep[numbers[dropped]] = False
+        characters, stays = texts.characters, keep[numbers]
+        counts = (len(numbers), int(stays.sum()), int(characters.sum()), int(characters[stays].sum()))
+        tally.step("困惑度", *counts, time.process_time() - start)
+    np.save(folder / KEEP, keep)
+    return {"tally": tally.to_json()}
 
 
 def write_part(job: PartJob, folder: Path) -> dict[str, Any]:

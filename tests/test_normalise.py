@@ -12,11 +12,10 @@ from data_clean.normalise import HALF_WIDTH, comparison_key, normalise, normalis
 from data_clean.texts import concatenate, from_strings
 
 PIECES = [
-    "中", "文", "文字", "。", "\n", "\n\n", "\n\n\n", "\r", "\r\n", "\x0b", "\x85", "\u2028", " ", "  ", "\t", "\u00a0", "\u3000",
-    "\u2003", "\u200b", "\u200c", "\u200d", "\ufeff", "\x00", "\x08", "\x1c", "\x7f", "\u00ad", "e", "\u0301", "é", "か", "\u3099",
-    "\uf900", "\u1100", "\u1161", "가", "\u2000", "ａ", "９", "Ｚ", "，", "！", "👩\u200d🔬", "\u0e33", "漢", "乾隆", "頭髮", "發",
-    "打坏", "\U0001f1e8", "\U000e0041", "Å", "K",
-]  # fmt: skip
+    *"中文。eéか가ａ９Ｚ，！漢發ÅK \n\r\t\x0b\x85\u2028\u00a0\u3000\u2003\u2000",
+    *"\u200b\u200c\u200d\ufeff\x00\x08\x1c\x7f\u00ad\u0301\u3099\uf900\u1100\u1161\u0e33\U0001f1e8\U000e0041",
+    *("文字", "\n\n", "\n\n\n", "\r\n", "  ", "👩\u200d🔬", "乾隆", "頭髮", "打坏"),
+]
 TEXTS = st.lists(
     st.one_of(st.sampled_from(PIECES), st.characters(exclude_categories=["Cs"])), max_size=30
 ).map("".join)
@@ -80,14 +79,18 @@ def test_traditional_text_is_simplified_phrase_by_phrase():
     def simple(text):
         return normalise_batch(from_strings([text]), to_simplified=True).texts()[0]
 
-    assert simple("頭髮發白，乾隆年間，乾燥的麵包，理髮後發財") == "头发发白，乾隆年间，干燥的面包，理发后发财"
+    assert (
+        simple("頭髮發白，乾隆年間，乾燥的麵包，理髮後發財") == "头发发白，乾隆年间，干燥的面包，理发后发财"
+    )
     # Phrases for traditional text do not touch simplified lines.
     assert simple("别把它打坏了。\n這裡有書。") == "别把它打坏了。\n这里有书。"
 
 
 def test_nothing_is_copied_for_normal_texts():
     rng = random.Random(0)
-    normal = ["".join(chr(0x4E00 + rng.randrange(9000)) for _ in range(200)) + "。\nA line, 12." for _ in range(50)]
+    normal = [
+        "".join(chr(0x4E00 + rng.randrange(9000)) for _ in range(200)) + "。\nA line, 12." for _ in range(50)
+    ]
     texts = from_strings(normal)
     assert normalise_batch(texts) is texts and normalise_batch(texts, half_width=True) is texts
     mixed = concatenate([texts, from_strings([" 空格 ", "e\u0301"]), texts])

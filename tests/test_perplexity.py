@@ -1,11 +1,15 @@
 """The filter by a model: batched figures against one text at a time, computed from the logits by hand."""
 
+import json
+import random
 import subprocess
 import sys
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import script
 
 from chatglm_tokenizer.tokenization_chatglm import ChatGLMTokenizer
 from data_clean import perplexity
@@ -101,3 +105,18 @@ def test_no_checkpoint_is_a_clear_mistake(tmp_path):
 def test_torch_is_imported_only_when_used():
     code = "import sys, data_clean.perplexity; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_cleaning_drops_what_the_model_finds_too_easy_or_too_hard(tiny, tmp_path):
+    rng = random.Random(0)
+    texts = ["".join(chr(0x4E00 + rng.randrange(3000)) for _ in range(40)) + "。" for _ in range(20)]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    (tmp_path / "raw.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    values = sorted(bits_per_byte(texts, tiny))
+    low, high = (values[4] + values[5]) / 2, (values[15] + values[16]) / 2
+    bounds = ["--model", tiny, "--min_bits", low, "--max_bits", high]
+    script("data_clean/clear.py", "--data", tmp_path / "raw.jsonl", "--out", tmp_path / "out", *bounds)
+    report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert {rule: report["rules"][rule]["rows"] for rule in (LOW, HIGH)} == {LOW: 5, HIGH: 4}
+    kept = pq.read_table(tmp_path / "out" / "part-00000.parquet")["text"].to_pylist()
+    assert sorted(kept) == sorted(text for text in texts if low < bits_per_byte([text], tiny)[0] < high)

@@ -94,7 +94,6 @@ class JsonWindow:
 
     def _next_objects(self, separator: bytes) -> list[Span]:
         """The objects (or arrays) from here on that are whole in the window with only separators between."""
-        self.is_guess = False
         if not self.data.startswith((b"{", b"["), self.position):
             return []
         found = self._guess() or self._search(separator)
@@ -185,7 +184,7 @@ class JsonWindow:
 
 
 def object_spans(data: bytes, start: int) -> list[Span]:
-    """The outermost objects and arrays of `data` from `start` on that are whole, up to a closing bracket."""
+    """The outermost objects and arrays of `data` from `start` on that are whole."""
     window = np.frombuffer(data, np.uint8)[start:]  # (n,)
     blocks = range(0, len(window), BLOCK)
     places = np.concatenate([_token_places(window[at : at + BLOCK]) + at for at in blocks])  # (t,)
@@ -195,9 +194,8 @@ def object_spans(data: bytes, start: int) -> list[Span]:
     places = places[is_bracket]  # (b,)
     is_opening = tokens[is_bracket] | CASE == OPENING
     depth = np.cumsum(np.where(is_opening, 1, -1))
-    inside = np.logical_and.accumulate(depth >= 0)
-    begins = places[is_opening & (depth == 1) & inside] + start
-    ends = places[~is_opening & (depth == 0) & inside] + start + 1
+    begins = places[is_opening & (depth == 1)] + start
+    ends = places[~is_opening & (depth == 0)] + start + 1
     return list(zip(begins.tolist(), ends.tolist(), strict=False))
 
 

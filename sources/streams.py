@@ -145,7 +145,7 @@ def line_blocks(
 def _skip_to_line(handle: io.BufferedReader, start: int, end: int | None) -> int:
     """Go to the first line that begins at `start` or behind, at most to `end`; returns how far behind."""
     handle.seek(start - 1)
-    skipped = handle.readline(-1 if end is None else end - start + 1)
+    skipped = handle.readline(-1 if end is None else end - start)
     return len(skipped) - skipped.endswith(b"\n")
 
 

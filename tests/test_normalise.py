@@ -51,6 +51,13 @@ def test_a_batch_is_normalised_as_its_texts_are(texts):
     assert normalise_batch(from_strings(texts)).texts() == list(map(normalise, texts))
 
 
+@pytest.mark.parametrize("piece", [*PIECES, "\n\n\n", " \n", "\n ", "\u3000\n", "\n\n", "\r\r"])
+def test_one_fault_alone(piece):
+    texts = [f"中{piece}中", f"{piece}中", f"中{piece}", piece, f"a{piece}\nb"]
+    for text in texts:
+        assert normalise_batch(from_strings([text])).texts() == [normalise(text)], text
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.lists(TEXTS, max_size=4))
 def test_options_of_batches(texts):

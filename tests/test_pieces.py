@@ -136,7 +136,11 @@ def test_plain_text_in_pieces(parts, newline, has_mark, ends, piece_bytes):
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.binary(max_size=40), max_size=12), st.integers(1, 30), st.integers(1, 20))
+@given(
+    st.lists(st.binary(max_size=40) | st.just(b"\xef\xbb\xbf."), max_size=12),
+    st.integers(1, 30),
+    st.integers(1, 20),
+)
 def test_every_line_is_in_one_piece(parts, step, block):
     content = b"\n".join(parts)
     expected, offset = [], 0
@@ -288,6 +292,37 @@ def test_damage_inside_an_array_costs_few_rows(layout, damage):
     assert len(aside) in (1, 2) and aside.examples[0]["row"] in (1001, 1002)
 
 
+def test_two_missing_quotes_do_not_join_what_is_between():
+    """Up to the second one, strings and what is between them change places."""
+    content = contain(documents(2000), "array")
+    for number in (1000, 1020):
+        content = content.replace(f'"第{number}篇'.encode(), f"第{number}篇".encode())
+    with file_of(content) as path:
+        texts, aside = read(path)
+    assert len(texts) >= 1996 and len(aside) == 2
+
+
+NESTED = st.recursive(
+    st.text(st.sampled_from('\\"{}[],a'), max_size=6),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from('a\\"{'), inner, max_size=2),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(NESTED, max_size=8), st.sampled_from([1, 7, 1 << 17]))
+def test_brackets_enclose_objects(values, block):
+    texts = [json.dumps(value) for value in values]
+    expected, offset = [], 1
+    for text, value in zip(texts, values, strict=True):
+        if not isinstance(value, str):
+            expected.append((offset, offset + len(text)))
+        offset += len(text) + 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_values, "BLOCK", block)
+        assert json_values.object_spans(f"[{','.join(texts)}]".encode(), 1) == expected
+
+
 def test_values_of_other_kinds_between_objects(monkeypatch):
     monkeypatch.setattr(json_values, "WINDOW", 100)
     values: list = [{"b": number} for number in range(200)]
@@ -390,8 +425,17 @@ def test_clean_parquet_keeps_the_source_of_each_row():
     with file_of(parquet(table)) as path:
         [piece] = split_into_pieces(path)
         [batch] = read_batches(piece, SetAside())
+        [other] = read_batches(piece, SetAside(), text_column="source")
     assert batch.texts.to_pylist() == ["甲", "乙", "丙"]
     assert batch.sources.to_pylist() == ["C4", "file.xyz", "wiki"]
+    assert other.texts.to_pylist() == ["C4", "x", "wiki"] and set(other.sources.to_pylist()) == {"file.xyz"}
+
+
+def test_titles_beside_bytes_that_are_no_text():
+    raw = pa.array(["甲".encode(), b"\xff", "乙".encode()], pa.large_binary()).view(pa.large_string())
+    with file_of(parquet(pa.table({"title": ["一", "二", "三"], "text": raw}))) as path:
+        texts, aside = read(path)
+    assert texts == ["一\n甲", "三\n乙"] and aside.examples[0]["row"] == 2
 
 
 def test_zip_members_are_files_of_their_own(tmp_path):

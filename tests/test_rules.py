@@ -224,20 +224,12 @@ def test_features_are_those_of_the_slow_version(texts):
 def test_features_of_long_texts():
     rng = random.Random(0)
     block = "".join(chr(0x4E00 + rng.randrange(2000)) for _ in range(3000))
-    prose = "".join(
-        rng.choice(PIECES) if rng.random() < 0.1 else chr(0x4E00 + rng.randrange(500)) for _ in range(30_000)
-    )
+    chars = [*PIECES, *map(chr, range(0x4E00, 0x4FF0))]
+    mixed = "".join(rng.choice(chars) for _ in range(30_000))
+    periods = [block[:period] * 4 for period in range(ECHO - 3, ECHO + 4)]
+    lines = "一二三四五六七八\n" * 700
     assert_equal(
-        [
-            prose,
-            block * 2 + prose[:100],
-            "甲" * 9000,
-            "甲乙" * 50,
-            "一二三四五六七八\n" * 700,
-            "",
-            " \n",
-            prose[:5000],
-        ]
+        [mixed, *periods, block * 2 + mixed[:100], "甲" * 9000, "甲乙" * 50, lines, "", " \n", mixed[:5000]]
     )
     # Only the beginning of a book is looked at for n-grams.
     fresh = "".join(map(chr, range(0x4E00, 0x4E00 + SAMPLE)))
@@ -273,15 +265,21 @@ def test_measures_of_datatrove():
 # --- keywords ---
 
 
-def test_all_keywords_of_a_long_list_are_found():
+def test_keywords_within_and_across_each_other_are_found():
     rng = random.Random(2)
-    words = {"".join(rng.choice("甲乙丙丁戊abcＤ") for _ in range(rng.randrange(1, 6))) for _ in range(3000)}
-    common = words - {word for word in words if len(word) == 1}
-    chosen = keywords.automaton(tuple(sorted(common)))
     for _ in range(200):
-        text = "".join(rng.choice("甲乙丙丁戊己abcdＡ") for _ in range(rng.randrange(1, 12)))
-        found = one(measure(from_strings([text]), chosen), "blocked") > 0
-        assert found == any(keywords.fold(word) in keywords.fold(text) for word in common)
+        words = ["".join(rng.choices("甲乙丙丁abＤ", k=rng.randrange(2, 6))) for _ in range(8)]
+        text = "".join(rng.choices("甲乙丙丁abdＡ。", k=40))
+        measured = measure(from_strings([text]), keywords.automaton(tuple(words)))
+        assert one(measured, "blocked") == pytest.approx(said_share(text, words)), (words, text)
+
+
+def test_a_long_list_of_keywords():
+    words = [han(3, seed) for seed in range(20_000)]
+    chosen = keywords.automaton((*words, "赌"))
+    text = "".join(f"{word}。阿阿。" for word in words)
+    assert one(measure(from_strings([text]), chosen), "blocked") == pytest.approx(4 / 7)
+    assert one(measure(from_strings(["赌，好。不是"]), chosen), "blocked") == pytest.approx(4 / 6)
 
 
 def test_blocked_words_of_the_user_drop_a_text():

@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT, script
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_perplexity import tiny  # noqa: F401  a checkpoint
 
 from data_clean.duplicates import find_clusters, join_near
 from data_clean.keys import keys_of
@@ -165,6 +166,14 @@ def test_all_optional_steps(raw, single, tmp_path):
     assert len(texts) == 120 and not any(footer in text or question in text for text in texts)
     (dropped,) = dropped_in(tmp_path / ".many.datatrove")
     assert question in dropped["text"] and dropped["metadata"]["filter_reason"] == CONTAMINATED
+
+
+def test_filter_by_a_model(raw, tiny, tmp_path):  # noqa: F811
+    options = ["--data", raw, "--model", tiny, "--min_bits", 9, "--max_bits", 11, *FEW_BANDS]
+    script("data_clean/clear.py", "--out", tmp_path / "single", *options)
+    on_cluster("--out", tmp_path / "many", "--workers", 1, *options)
+    same_result(tmp_path / "many", tmp_path / "single")
+    assert len(texts_in(tmp_path / "many")) < 390
 
 
 # --- the steps of deduplication, against the function of the single machine ---

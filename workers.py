@@ -27,6 +27,7 @@ from stage import ROOT, UserError, atomic_path, remove
 
 Function = Callable[[Any, Path], dict[str, Any]]  # (task, its folder) -> result, made of JSON values
 RESULT = "result.json"
+KEY = "key.json"
 
 
 class WorkFolder:
@@ -38,7 +39,7 @@ class WorkFolder:
         self.key = json.dumps({**key, "code": code_hash()}, ensure_ascii=False, sort_keys=True, default=str)
 
     def __enter__(self) -> "WorkFolder":
-        key_file = self.path / "key.json"
+        key_file = self.path / KEY
         if key_file.is_file() and key_file.read_bytes() == self.key.encode():
             print(f"从上次中断的地方继续（{self.path}）", flush=True)
             for leftover in self.path.glob("*/.*.tmp-*"):

@@ -24,7 +24,7 @@ import numpy as np
 
 from data_clean.benchmarks import NGRAM, Benchmarks
 from data_clean.boilerplate import frequent_lines
-from data_clean.duplicates import find_clusters, join_near
+from data_clean.duplicates import Join, find_clusters, join_near
 from data_clean.page import write_page
 from data_clean.rules import check_limit, check_preset, descriptions
 from data_clean.shards import SLOTS, Corpus, Shard
@@ -129,23 +129,17 @@ def main(cfg: Config) -> None:
     check_writable(cfg.out)
     jobs = extract_jobs(cfg)
     tally, aside, begin = Tally(), SetAside(), time.perf_counter()
-    report: dict[str, Any] = {"settings": settings(cfg)}
-    if cfg.benchmarks:  # read in every process; what is wrong with the files is said here, and now
-        report["benchmarks"] = Benchmarks.read(cfg.benchmarks, aside, cfg.benchmark_ngram).report()
+    report = begin_report(cfg, aside)
     with WorkFolder(cfg.out.with_name(f".{cfg.out.name}.work"), work_key(cfg, jobs)) as work:
         shards = extract_all(cfg, jobs, work, tally, aside)
         if cfg.boilerplate:
             shards = strip_all(cfg, jobs[0].recipe, shards, work, tally)
         corpus = Corpus(shards)
-        keep = without_duplicates(cfg, corpus, tally)
+        keep = without_duplicates(cfg, corpus, tally, near_engine(cfg))
         if cfg.model:
             keep = without_outliers(cfg, corpus, keep, work, tally)
         parts = write_parts(cfg, corpus, keep, work, tally)
-        tally.show()
-        aside.show()
-        if parts:
-            report |= tally.report(descriptions()) | {"set_aside": aside.report()}
-            publish(cfg.out, parts, report | {"seconds": round(time.perf_counter() - begin, 3)})
+        finish_report(cfg, report, parts, tally, aside, time.perf_counter() - begin)
     if not parts:
         raise UserError(f"{cfg.data} 里没有一篇可用的文档；原因见上表。")
     print(f"\n已写入 {cfg.out}：{tally.kept_rows:,} 篇，{tally.kept_characters:,} 字符")
@@ -228,15 +222,20 @@ def result_shards(
     return [Shard(folder / f"{i:03d}", names, is_reference) for i, names in enumerate(result["shards"])]
 
 
-def without_duplicates(cfg: Config, corpus: Corpus, tally: Tally) -> np.ndarray:
+def near_engine(cfg: Config) -> Join:
+    """What finds near duplicates."""
+    if cfg.engine == "reference":
+        from data_clean.reference import join_near as reference
+
+        return reference
+    return partial(join_near, threads=cfg.workers or processors())
+
+
+def without_duplicates(cfg: Config, corpus: Corpus, tally: Tally, join: Join) -> np.ndarray:
     """Which documents are written, (n,) bool: those of the corpus that are no duplicates."""
     keep = ~corpus.is_reference(np.arange(len(corpus)))
     if not len(corpus):
         return keep
-    if cfg.engine == "reference":
-        from data_clean.reference import join_near as join
-    else:
-        join = partial(join_near, threads=cfg.workers or processors())
     start = time.process_time()
     clusters = find_clusters(corpus, cfg.duplicates, join, source_rank(cfg, corpus))
     tally.add_duplicates(corpus, clusters, keep, time.process_time() - start, cfg.duplicates)
@@ -257,14 +256,19 @@ def without_outliers(
 ) -> np.ndarray:
     """The documents that a model finds neither too easy nor too hard, (n,) bool; one process, which uses all cores."""
     np.save(work.path / "unique.npy", keep)
-    jobs = [
-        ScoreJob(shard, int(first), work.path / "unique.npy", cfg.model, cfg.min_bits, cfg.max_bits)
-        for shard, first in zip(corpus.shards, corpus.firsts, strict=False)
-    ]
+    jobs = score_jobs(cfg, corpus, work.path / "unique.npy")
     sizes = [shard.bytes for shard in corpus.shards]
     for result in work.run("score", score, jobs, sizes, 1, "困惑度"):
         tally.merge(result["tally"])
     return np.concatenate([np.load(work.folder("score", n) / KEEP) for n in range(len(jobs))] or [keep])
+
+
+def score_jobs(cfg: Config, corpus: Corpus, unique: Path) -> list[ScoreJob]:
+    """A job for every shard. unique: where it is written which documents are to be judged."""
+    return [
+        ScoreJob(shard, int(first), unique, cfg.model, cfg.min_bits, cfg.max_bits)
+        for shard, first in zip(corpus.shards, corpus.firsts, strict=False)
+    ]
 
 
 def write_parts(cfg: Config, corpus: Corpus, keep: np.ndarray, work: WorkFolder, tally: Tally) -> list[Path]:
@@ -272,8 +276,7 @@ def write_parts(cfg: Config, corpus: Corpus, keep: np.ndarray, work: WorkFolder,
     if not keep.any():
         return []
     np.save(work.path / "keep.npy", keep)
-    size = sum(int(shard.sizes()[kept].sum()) for shard, kept in corpus.by_shard(keep))
-    parts = min(size // (cfg.part_mb << 20) + 1, SLOTS)
+    size, parts = count_parts(cfg, corpus, keep)
     jobs = [
         PartJob(number, parts, corpus.shards, work.path / "keep.npy", cfg.seed) for number in range(parts)
     ]
@@ -281,6 +284,31 @@ def write_parts(cfg: Config, corpus: Corpus, keep: np.ndarray, work: WorkFolder,
     for result in results:
         tally.merge(result["tally"])
     return [work.folder("write", number) / PART for number in range(parts)]
+
+
+def count_parts(cfg: Config, corpus: Corpus, keep: np.ndarray) -> tuple[int, int]:
+    """Bytes of the documents to write, and how many files they go to."""
+    size = sum(int(shard.sizes()[kept].sum()) for shard, kept in corpus.by_shard(keep))
+    return size, min(size // (cfg.part_mb << 20) + 1, SLOTS)
+
+
+def begin_report(cfg: Config, aside: SetAside) -> dict[str, Any]:
+    """What is known before the work: settings, and what the benchmark files hold."""
+    report: dict[str, Any] = {"settings": settings(cfg)}
+    if cfg.benchmarks:  # read in every process; what is wrong with the files is said here, and now
+        report["benchmarks"] = Benchmarks.read(cfg.benchmarks, aside, cfg.benchmark_ngram).report()
+    return report
+
+
+def finish_report(
+    cfg: Config, report: dict[str, Any], parts: list[Path], tally: Tally, aside: SetAside, seconds: float
+) -> None:
+    """Show what was done, and publish it if anything is left."""
+    tally.show()
+    aside.show()
+    if parts:
+        report |= tally.report(descriptions()) | {"set_aside": aside.report(), "seconds": round(seconds, 3)}
+        publish(cfg.out, parts, report)
 
 
 def publish(out: Path, parts: list[Path], report: dict[str, Any]) -> None:

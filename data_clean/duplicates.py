@@ -137,6 +137,8 @@ def simhash_masks(documents: int, distance: int) -> list[np.uint64]:
 
 def buckets(corpus: Corpus, alive: np.ndarray, column: Column) -> Iterator[Buckets]:
     """Documents with equal keys, in groups of about BLOCK documents; those alone in their bucket are left out."""
+    if not alive.any():
+        return
     partitions = int(np.count_nonzero(alive)) // PARTITION + 1
     for partition in range(partitions):
         numbers, keys = [], []

@@ -25,7 +25,7 @@ from data_clean.perplexity import bits_per_byte, outside
 from data_clean.rules import RuleSet, preset_of
 from data_clean.shards import SLOTS, Corpus, Documents, Shard, write_shard
 from data_clean.signatures import Settings, Signatures, sign
-from data_clean.tally import SHARES, Tally
+from data_clean.tally import CONTAMINATED, SHARES, Tally
 from data_clean.texts import concatenate, from_arrow
 from sources.aside import SetAside
 from sources.pieces import Piece, read_batches
@@ -73,6 +73,7 @@ class StripJob(NamedTuple):
     shard: Shard
     recipe: Recipe
     lines: Path  # hashes of the lines to remove
+    number: int = 0  # of the new shard in its folder
 
 
 class ScoreJob(NamedTuple):
@@ -114,7 +115,7 @@ def strip_lines(job: StripJob, folder: Path) -> dict[str, Any]:
     if not documents.texts.count:
         return {"tally": cleaner.tally.to_json(), "shards": []}
     slot_of = shard.slot_of()[np.isin(before.order, documents.order)]
-    sources = write_shard(folder / "000", documents, cleaner.sign(documents), slot_of)
+    sources = write_shard(folder / f"{job.number:03d}", documents, cleaner.sign(documents), slot_of)
     return {"tally": cleaner.tally.to_json(), "shards": [sources]}
 
 
@@ -183,6 +184,9 @@ class Cleaner:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.tally = recipe, Tally()
+        self.reasons: dict[int, str] | None = (
+            None  # if a dict: why which document (by its `order`) was dropped
+        )
 
     def clean(self, documents: Documents) -> Documents:
         """All that a single text needs."""
@@ -252,13 +256,19 @@ class Cleaner:
         for rule in np.unique(verdicts[verdicts >= 0]).tolist():
             dropped = np.flatnonzero(verdicts == rule)
             self.tally.drop(rules[rule], documents.texts, documents.sources, dropped)
+            self._note(documents.order[dropped], rules[rule])
         return documents.where(verdicts < 0)
 
     def _decontaminate(self, documents: Documents) -> Documents:
         benchmarks = read_benchmarks(self.recipe.benchmarks, self.recipe.benchmark_ngram)
         hits = benchmarks.hits(*keys_of(documents.texts))
         self.tally.drop_contaminated(documents.texts, documents.sources, hits, benchmarks)
+        self._note(documents.order[hits >= 0], CONTAMINATED)
         return documents.where(hits < 0)
+
+    def _note(self, order: np.ndarray, reason: str) -> None:
+        if self.reasons is not None:
+            self.reasons.update(dict.fromkeys(order.tolist(), reason))
 
 
 @lru_cache(maxsize=8)

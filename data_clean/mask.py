@@ -31,19 +31,9 @@ PHONE_WORDS = re.compile("(?:电话|手机|联系|热线|微信|咨询|致电|te
 CARD_WORDS = re.compile("(?:卡号|银行卡|信用卡|借记卡|储蓄卡|账号|帐号|账户)[^\n]{0,12}$")
 CONTEXT = 24  # characters looked at before a number
 
-# The first two digits of an identity number: provinces (GB/T 2260).
-PROVINCES = {
-    *range(11, 16),
-    *range(21, 24),
-    *range(31, 38),
-    *range(41, 47),
-    *range(50, 55),
-    *range(61, 66),
-    71,
-    81,
-    82,
-    83,
-}
+# The first two digits of an identity number: provinces (GB/T 2260), Taiwan, Hong Kong, Macao.
+AREAS = ((11, 16), (21, 24), (31, 38), (41, 47), (50, 55), (61, 66), (71, 72), (81, 84))
+PROVINCES = {code for first, end in AREAS for code in range(first, end)}
 WEIGHTS = (7, 9, 10, 5, 8, 4, 2, 1, 6, 3, 7, 9, 10, 5, 8, 4, 2)
 
 

@@ -17,6 +17,9 @@ from data_clean.signatures import Signatures
 from data_clean.texts import Texts
 
 TEXT = "text.bin"
+WRITTEN = (
+    4000  # texts written at a time: small buffers are used again, large ones have to be cleared by the system
+)
 SLOTS = 4096  # the most parts that the output can have
 
 
@@ -82,9 +85,10 @@ def write_shard(
     data sets, behind the codes in the column "source".
     """
     folder.mkdir()
-    order = np.argsort(slot_of, kind="stable")
-    texts = documents.texts.take(order)
-    texts.data.tofile(folder / TEXT)
+    order, texts = np.argsort(slot_of, kind="stable"), documents.texts
+    with open(folder / TEXT, "wb") as file:
+        for rows in np.array_split(order, len(order) // WRITTEN + 1):
+            file.write(texts.take(rows).data)
     names, codes = np.unique(documents.sources.astype(str), return_inverse=True)
     columns = {
         "order": documents.order,
@@ -94,8 +98,8 @@ def write_shard(
     for name, column in columns.items():
         # Band keys are read band by band, everything else document by document.
         np.save(folder / f"{name}.npy", column[order].T.copy() if name == "bands" else column[order])
-    np.save(folder / "starts.npy", texts.starts)
-    np.save(folder / "length.npy", texts.characters.astype(np.uint32))
+    np.save(folder / "starts.npy", np.append(0, texts.sizes[order].cumsum()))
+    np.save(folder / "length.npy", texts.characters[order].astype(np.uint32))
     np.save(folder / "slots.npy", np.searchsorted(slot_of[order], np.arange(SLOTS + 1)))
     return names.tolist()
 

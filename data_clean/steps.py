@@ -23,15 +23,14 @@ from data_clean.mask import mask_private
 from data_clean.normalise import normalise_batch
 from data_clean.perplexity import bits_per_byte, outside
 from data_clean.rules import RuleSet, preset_of
-from data_clean.shards import SLOTS, Documents, Shard, write_shard
+from data_clean.shards import SLOTS, Corpus, Documents, Shard, write_shard
 from data_clean.signatures import Settings, Signatures, sign
 from data_clean.tally import CONTAMINATED, SHARES, Tally
-from data_clean.texts import Texts, concatenate, from_arrow
+from data_clean.texts import concatenate, from_arrow
 from sources.aside import SetAside
 from sources.pieces import Piece, read_batches
 
 SHARD_BYTES = 64 << 20  # text of a shard; a worker holds it twice while it is written
-Judge = Callable[[RuleSet, Texts], tuple[np.ndarray, list[str]]]  # -> rules broken or -1, their names
 ROW_GROUP = 5000  # rows: readers stream parquet and hold one group
 PART, KEEP = "part.parquet", "keep.npy"
 SCORED = 1000  # documents that a model judges at a time
@@ -97,7 +96,7 @@ class PartJob(NamedTuple):
 def extract(job: ExtractJob, folder: Path) -> dict[str, Any]:
     """Read a piece of the corpus, clean its documents, and write them as shards."""
     aside, cleaner = SetAside(), Cleaner(job.recipe)
-    writer = ShardWriter(folder, job.recipe, job.number)
+    writer = ShardWriter(folder, job.recipe, job.number, cleaner.tally)
     for documents in read(job, aside, cleaner.tally):
         if not job.is_reference:
             documents = cleaner.clean(documents)
@@ -144,24 +143,24 @@ def write_part(job: PartJob, folder: Path) -> dict[str, Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    keep, first = np.load(job.keep, mmap_mode="r"), 0
-    texts, sources = [], [np.empty(0, object)]
-    for shard in job.shards:
+    start, tally, keep = time.process_time(), Tally(), np.load(job.keep, mmap_mode="r")
+    schema = pa.schema([("text", pa.large_string()), ("source", pa.string())])
+    texts, sources, kept = [], [np.empty(0, object)], [np.empty(0, bool)]
+    for shard, flags in Corpus(job.shards).by_shard(keep):
         here = shard.part(job.number, job.parts)
-        kept = here.start + np.flatnonzero(keep[first + here.start : first + here.stop])
-        first += shard.count
-        if len(kept):
-            texts.append(shard.texts().take(kept))
-            sources.append(shard.source_names()[kept])
-    order = np.random.default_rng([job.seed, job.number]).permutation(sum(part.count for part in texts))
-    shuffled, names = concatenate(texts).take(order), np.concatenate(sources)[order]
-    table = pa.table({"text": shuffled.to_arrow(), "source": pa.array(names, pa.string())})
-    pq.write_table(
-        table, folder / PART, compression="zstd", row_group_size=ROW_GROUP, use_dictionary=["source"],
-        write_statistics=["source"],
-    )  # fmt: skip
-    tally = Tally()
-    tally.count_kept(shuffled, names)
+        texts.append(shard.texts().slice(here.start, here.stop))
+        sources.append(shard.source_names()[here])
+        kept.append(flags[here])
+    all_texts, all_sources = concatenate(texts), np.concatenate(sources)
+    order = np.random.default_rng([job.seed, job.number]).permutation(np.flatnonzero(np.concatenate(kept)))
+    options = dict(compression="zstd", use_dictionary=["source"], write_statistics=["source"])
+    with pq.ParquetWriter(folder / PART, schema, **options) as writer:
+        for rows in np.array_split(order, len(order) // ROW_GROUP + 1):
+            group, names = all_texts.take(rows), all_sources[rows]
+            tally.count_kept(group, names)
+            writer.write_table(pa.table([group.to_arrow(), pa.array(names, pa.string())], schema=schema))
+    size = tally.kept_characters
+    tally.step("打乱与写出", len(order), len(order), size, size, time.process_time() - start)
     return {"tally": tally.to_json()}
 
 
@@ -185,15 +184,15 @@ class Cleaner:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.tally = recipe, Tally()
-        self.reasons: dict[int, str] | None = (
-            None  # if a dict: why which document (by its `order`) was dropped
-        )
+        self.reasons: dict[int, str] | None = None  # if a dict: why a document, by its `order`, was dropped
 
     def clean(self, documents: Documents) -> Documents:
         """All that a single text needs."""
         documents = self._timed("剔除乱码", documents, self._drop_broken)
         documents = self._timed("规范化", documents, self._normalise)
         documents = self._timed("过滤", documents, self._filter)
+        if self.recipe.mask_private:
+            documents = self._timed("遮盖隐私", documents, self._mask)
         if self.recipe.benchmarks:
             documents = self._timed("剔除评测题", documents, self._decontaminate)
         return documents
@@ -219,42 +218,44 @@ class Cleaner:
 
     def _normalise(self, documents: Documents) -> Documents:
         texts = normalise_batch(documents.texts, self.recipe.half_width, self.recipe.to_simplified)
-        if self.recipe.mask_private:
-            texts, counts = mask_private(texts)
-            self.tally.count("隐私", counts)
+        return documents._replace(texts=texts)
+
+    def _mask(self, documents: Documents) -> Documents:
+        texts, counts = mask_private(documents.texts)
+        self.tally.count("隐私", counts)
         return documents._replace(texts=texts)
 
     def _drop_broken(self, documents: Documents) -> Documents:
-        """Rules for the raw text: normalising removes what they look for."""
-        return self._drop(documents, lambda rules, texts: (rules.raw_verdicts(texts), rules.raw_names))
+        """By rules for the raw text, because normalising removes what they look for; the same for all sources."""
+        rules = rule_set("general", self.recipe)
+        return self._drop(documents, rules.raw_verdicts(documents.texts), rules.raw_names)
 
     def _filter(self, documents: Documents) -> Documents:
-        return self._drop(documents, self._judge)
-
-    def _judge(self, rules: RuleSet, texts: Texts) -> tuple[np.ndarray, list[str]]:
+        """By the rules of each data set's preset."""
+        rules, texts = rule_set("general", self.recipe), documents.texts
         features = rules.measure(texts)
         for name in SHOWN:
             self.tally.histogram(FEATURES[name], features[:, COLUMN[name]], SHARES)
-        return rules.verdicts(texts, features), rules.names
+        presets = {name: preset_of(name, dict(self.recipe.presets)) for name in set(documents.sources)}
+        preset = np.array([presets[name] for name in documents.sources], object)
+        verdicts = np.empty(texts.count, np.int8)
+        for name in set(presets.values()):
+            here = preset == name
+            verdicts[here] = rule_set(name, self.recipe).verdicts(texts, features[here])
+        return self._drop(documents, verdicts, rules.names)
 
     def _strip(self, documents: Documents, lines: np.ndarray) -> Documents:
         texts, lost = without_lines(documents.texts, lines)
         self.tally.count("公共行", {"行": int(lost.sum()), "文档": int((lost > 0).sum())})
         return self._filter(documents._replace(texts=texts))  # what is left may be too little
 
-    def _drop(self, documents: Documents, judge: Judge) -> Documents:
-        """Without the documents that a rule of their data set's preset drops."""
-        keep = np.ones(len(documents.sources), bool)
-        presets = {name: preset_of(name, dict(self.recipe.presets)) for name in set(documents.sources)}
-        preset = np.array([presets[name] for name in documents.sources], object)
-        for name in sorted(set(presets.values())):
-            here = documents.where(preset == name)
-            verdicts, rules = judge(rule_set(name, self.recipe), here.texts)
-            for rule in np.unique(verdicts[verdicts >= 0]).tolist():
-                self.tally.drop(rules[rule], here.texts, here.sources, np.flatnonzero(verdicts == rule))
-                self._note(here.order[verdicts == rule], rules[rule])
-            keep[np.flatnonzero(preset == name)[verdicts >= 0]] = False
-        return documents.where(keep)
+    def _drop(self, documents: Documents, verdicts: np.ndarray, rules: list[str]) -> Documents:
+        """Without the documents that a rule drops; verdicts: (n,) index of the rule, or -1."""
+        for rule in np.unique(verdicts[verdicts >= 0]).tolist():
+            dropped = np.flatnonzero(verdicts == rule)
+            self.tally.drop(rules[rule], documents.texts, documents.sources, dropped)
+            self._note(documents.order[dropped], rules[rule])
+        return documents.where(verdicts < 0)
 
     def _decontaminate(self, documents: Documents) -> Documents:
         benchmarks = read_benchmarks(self.recipe.benchmarks, self.recipe.benchmark_ngram)
@@ -283,8 +284,8 @@ def read_benchmarks(paths: tuple[Path, ...], ngram: int) -> Benchmarks:
 class ShardWriter:
     """Collects documents and writes a shard whenever there are enough."""
 
-    def __init__(self, folder: Path, recipe: Recipe, number: int) -> None:
-        self.folder, self.recipe, self.number = folder, recipe, number
+    def __init__(self, folder: Path, recipe: Recipe, number: int, tally: Tally) -> None:
+        self.folder, self.recipe, self.number, self.tally = folder, recipe, number, tally
         self.documents: list[Documents] = []
         self.signatures: list[Sequence[np.ndarray]] = []
         self.sources: list[list[str]] = []  # of every shard written, the data sets behind its codes
@@ -301,6 +302,7 @@ class ShardWriter:
         """Write what was collected."""
         if not self.bytes:
             return
+        start = time.process_time()
         texts, sources, order = zip(*self.documents, strict=True)
         documents = Documents(concatenate(texts), np.concatenate(sources), np.concatenate(order))
         signatures = [np.concatenate(parts) for parts in zip(*self.signatures, strict=True)]
@@ -312,3 +314,4 @@ class ShardWriter:
         if self.recipe.boilerplate:
             np.save(folder / "lines.npy", line_hashes(documents.texts))
         self.documents, self.signatures, self.bytes = [], [], 0
+        self.tally.add_seconds("写中间文件", time.process_time() - start)

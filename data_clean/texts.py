@@ -1,6 +1,7 @@
 """Many texts in one buffer, the form in which compiled code, Arrow and files on disk take them."""
 
 from collections.abc import Iterable
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -8,11 +9,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 
-class Texts(NamedTuple):
-    """UTF-8 bytes of n texts, one behind the other; text i is data[starts[i] : starts[i + 1]]."""
-
+class _Buffer(NamedTuple):
     data: np.ndarray  # (bytes,) uint8
     starts: np.ndarray  # (n + 1,) int64
+
+
+class Texts(_Buffer):
+    """UTF-8 bytes of n texts, one behind the other; text i is data[starts[i] : starts[i + 1]]."""
 
     @property
     def count(self) -> int:
@@ -23,7 +26,7 @@ class Texts(NamedTuple):
         """UTF-8 bytes of each text, (n,) int64."""
         return np.diff(self.starts)
 
-    @property
+    @cached_property
     def characters(self) -> np.ndarray:
         """Code points of each text, (n,) int64."""
         return pc.utf8_length(self.to_arrow()).to_numpy(zero_copy_only=False).astype(np.int64)
@@ -42,6 +45,11 @@ class Texts(NamedTuple):
     def take(self, indices: np.ndarray) -> "Texts":
         """The texts at these positions, in this order, copied into a new buffer."""
         return from_arrow(self.to_arrow().take(pa.array(indices, pa.int64())))
+
+    def slice(self, start: int, stop: int) -> "Texts":
+        """The texts from position `start` to before `stop`; nothing is copied."""
+        starts = self.starts[start : stop + 1]
+        return Texts(self.data[starts[0] : starts[-1]], starts - starts[0])
 
     def replace(self, where: np.ndarray, strings: list[str]) -> "Texts":
         """The same texts but for those at the positions `where`, a mask (n,) bool, in a new buffer."""

@@ -14,11 +14,11 @@ from sources.aside import FileAside, SetAside
 from sources.detect import HEAD, Container, detect
 from sources.json_rows import BAD_TEXT, Decode, encodable, exact_json, excerpt, json_lines, json_values, lines
 from sources.parquet import open_parquet, parquet_rows
-from sources.streams import DAMAGED, is_zip, open_file, open_member, open_zip, zip_members
+from sources.streams import DAMAGED, LONGEST, is_zip, open_file, open_member, open_zip, zip_members
 
 Row = dict[str, Any] | str
 T = TypeVar("T")
-csv.field_size_limit(2**31 - 1)  # answers may be long
+csv.field_size_limit(LONGEST)  # answers may be long
 
 
 class Part(NamedTuple):
@@ -155,16 +155,16 @@ def _parquet(part: Part) -> Iterator[tuple[int, Row]]:
 
 
 def _csv(part: Part) -> Iterator[tuple[int, Row]]:
-    text = io.TextIOWrapper(part.handle, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    # Python 3.10 refuses NUL characters in CSV files.
-    rows = csv.DictReader((line.replace("\0", "") for line in text), restkey=None)
-    try:
-        for number, row in enumerate(rows, 1):
-            if None in row:
-                part.report.add(number, "单元格比表头多", row, "含逗号或换行的单元格要用双引号括起")
-            elif not encodable(row):
-                part.report.add(number, BAD_TEXT, row)
-            else:
-                yield number, row
-    except csv.Error as error:
-        part.report.add(rows.line_num, "CSV 格式错误，从这里起读不到", str(error))
+    with io.TextIOWrapper(part.handle, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
+        # Python 3.10 refuses NUL characters in CSV files.
+        rows = csv.DictReader(iter(lambda: text.readline(LONGEST).replace("\0", ""), ""), restkey=None)
+        try:
+            for number, row in enumerate(rows, 1):
+                if None in row:
+                    part.report.add(number, "单元格比表头多", row, "含逗号或换行的单元格要用双引号括起")
+                elif not encodable(row):
+                    part.report.add(number, BAD_TEXT, row)
+                else:
+                    yield number, row
+        except csv.Error as error:
+            part.report.add(rows.line_num, "CSV 格式错误，从这里起读不到", str(error))

@@ -11,7 +11,7 @@ OUR_OUTPUTS = (DEMO_DIR, ROOT / "data" / "clean")
 # Files that lie beside data sets but are not data to be read as text; .bin files hold tokens.
 NOT_TEXT = {".bin", ".md", ".model", ".pdf", ".png", ".jpg", ".jpeg", ".pth", ".py", ".safetensors"}
 NOT_DATA = {"readme", "license", "report"}
-CONTAINERS = {".gz", ".zst", ".zip", ".json", ".jsonl", ".txt", ".csv", ".parquet", ".bin"}
+CONTAINERS = {".gz", ".zst", ".zip", ".json", ".jsonl", ".ndjson", ".txt", ".csv", ".parquet", ".bin"}
 
 
 def list_files(path: Path, skip: Iterable[Path] = OUR_OUTPUTS) -> list[Path]:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from sources.detect import DECODER
-from sources.streams import LONGEST
+from sources.streams import DAMAGED, LONGEST
 
 WINDOW = 1 << 18  # bytes searched at a time; more where a value is longer
 BLOCK = 1 << 17  # bytes that stay in a processor's cache together with what is computed of them
@@ -53,7 +53,12 @@ class JsonWindow:
             raise ValueError("no end of the value in sight")
         pieces, wanted = [rest], max(WINDOW, len(rest))
         while wanted > 0 and not self.ended:
-            piece = self.handle.read1(wanted)
+            try:
+                piece = self.handle.read1(wanted)
+            except (OSError, *DAMAGED):
+                if len(pieces) == 1:
+                    raise
+                break  # first what was read before; the next call meets the error again
             self.ended = not piece
             pieces.append(piece)
             wanted -= len(piece)

@@ -4,7 +4,7 @@ import io
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,16 +24,25 @@ def open_parquet(handle: io.BufferedReader, report: FileAside) -> pq.ParquetFile
 
     Parquet is read from its end: a compressed file is unpacked into a temporary one first.
     """
-    source = handle
-    if not is_plain(handle):
-        source = tempfile.TemporaryFile()  # noqa: SIM115 (deleted when Arrow lets go of it)
-        shutil.copyfileobj(handle, source, HEAD)
+    source = handle if is_plain(handle) else _temporary_copy(handle)
     try:
         # buffer_size: pages are read as they are needed, not whole row groups.
         return pq.ParquetFile(source, buffer_size=BUFFER, pre_buffer=False)
     except DAMAGED as error:
+        source.close()
         _report(report, 1, error)
     return None
+
+
+def _temporary_copy(handle: io.BufferedReader) -> IO[bytes]:
+    """A file with all that can be read, deleted when it is closed; raises as reading does."""
+    copy = tempfile.TemporaryFile()  # noqa: SIM115 (who asks for it closes it)
+    try:
+        shutil.copyfileobj(handle, copy, HEAD)
+    except BaseException:
+        copy.close()
+        raise
+    return copy
 
 
 def _report(report: FileAside, number: int, error: Exception, rows: int = 1) -> None:

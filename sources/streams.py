@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import pyarrow as pa
 
@@ -87,21 +87,26 @@ def open_file(path: Path) -> io.BufferedReader:
 def open_member(archive: zipfile.ZipFile, member: Member) -> io.BufferedReader:
     """The unpacked bytes of a zip member that has no obstacle; raises OSError, BadZipFile."""
     try:
-        return unpacked(_buffered(archive.open(member.info).read1))
+        handle = archive.open(member.info)
+        return unpacked(_buffered(handle.read1, handle))
     except (NotImplementedError, RuntimeError, ValueError, struct.error) as error:
         raise zipfile.BadZipFile(str(error)) from error
 
 
 def unpacked(handle: io.BufferedReader) -> io.BufferedReader:
     """The bytes below all layers of compression; `peek` shows their first HEAD."""
-    for _ in range(MAX_LAYERS):
-        magic = handle.peek(4)[:4]
-        if magic[:2] == b"\x1f\x8b":
-            handle = _buffered(_Gzip(handle).read)
-        elif magic == b"\x28\xb5\x2f\xfd" or (magic[1:] == b"\x2a\x4d\x18" and magic[0] >> 4 == 5):
-            handle = _buffered(_Zstandard(handle).read)
-        else:
-            break
+    try:
+        for _ in range(MAX_LAYERS):
+            magic = handle.peek(4)[:4]
+            if magic[:2] == b"\x1f\x8b":
+                handle = _buffered(_Gzip(handle).read, handle)
+            elif magic == b"\x28\xb5\x2f\xfd" or (magic[1:] == b"\x2a\x4d\x18" and magic[0] >> 4 == 5):
+                handle = _buffered(_Zstandard(handle).read, handle)
+            else:
+                break
+    except (OSError, *DAMAGED):
+        handle.close()
+        raise
     return handle
 
 
@@ -159,16 +164,20 @@ def _skip_line(handle: io.BufferedReader) -> int:
     return size
 
 
-def _buffered(read: Callable[[int], bytes]) -> io.BufferedReader:
-    return io.BufferedReader(_Stream(read), HEAD)
+def _buffered(read: Callable[[int], bytes], packed: IO[bytes]) -> io.BufferedReader:
+    return io.BufferedReader(_Stream(read, packed), HEAD)
 
 
 class _Stream(io.RawIOBase):
     """A function that reads up to n bytes, as a raw file; an error comes after all that was read before it."""
 
-    def __init__(self, read: Callable[[int], bytes]) -> None:
-        self.source = read
+    def __init__(self, read: Callable[[int], bytes], packed: IO[bytes]) -> None:
+        self.source, self.packed = read, packed  # `packed` is closed with it
         self.error: Exception | None = None
+
+    def close(self) -> None:
+        super().close()
+        self.packed.close()
 
     def readable(self) -> bool:
         return True
@@ -209,9 +218,9 @@ class _Gzip:
                 self.packed = self.packed.lstrip(b"\0")  # padding behind a member
                 self.member = zlib.decompressobj(wbits=31) if self.packed else None
                 continue
-            if not self.packed:
-                raise EOFError("the last gzip member has no end")
             data = self.member.decompress(self.packed, size)
+            if not (data or self.packed or self.member.eof):
+                raise EOFError("the last gzip member has no end")
             self.packed = self.member.unconsumed_tail
             if self.member.eof:
                 self.member, self.packed = None, self.member.unused_data

@@ -1,8 +1,11 @@
 """Readers of public data sets: whatever a file holds, rows come back or are set aside with a reason."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
+import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -157,6 +160,22 @@ def test_unreadable_files_take_one_clear_entry(content, reason):
     assert aside.remedies
 
 
+def test_archives_of_other_kinds_are_explained():
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("a.jsonl"))
+    for content, name in [
+        (buffer.getvalue(), "tar"),
+        (gzip.compress(buffer.getvalue()), "tar"),
+        (bz2.compress(b"{}"), "bzip2"),
+        (lzma.compress(b"{}"), "xz"),
+        (b"<?xml version='1.0'?><a/>", "XML"),
+        (gzip.compress("春眠不觉晓".encode("utf-16")), "UTF-16"),
+    ]:
+        rows, aside = rows_of(content)
+        assert rows == [] and len(aside) == 1 and name in reasons(aside)[0] and aside.remedies
+
+
 def test_truncated_gzip_keeps_what_comes_before():
     import random
 
@@ -221,6 +240,7 @@ def test_plain_text_is_one_document_per_line():
         ({"title": None, "text": "乙"}, "乙"),
         ({"text": "甲", "url": "x"}, "甲"),
         ({"response": "甲"}, "甲"),
+        ({"content": "甲", "dataType": "新闻"}, "甲"),
     ],
 )
 def test_pretraining_formats(row, text):

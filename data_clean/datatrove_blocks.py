@@ -155,7 +155,7 @@ class ShardBlock(PipelineStep):
     def _write(self, task: tuple[int, Any], folder: Path) -> dict[str, Any]:
         piece, documents = task
         job, (aside, cleaner) = self.plan.jobs[piece], self.plan.accounts(piece)
-        writer = ShardWriter(folder, job.recipe, piece)
+        writer = ShardWriter(folder, job.recipe, piece, cleaner.tally)
         # The batches of the reader again: where a shard ends must not depend on how the filters batch.
         for _, batch in groupby(documents, key=lambda document: document.metadata["batch"]):
             columns = to_columns(list(batch))

@@ -24,7 +24,7 @@ from data_clean import clear
 from data_clean.steps import score, write_part
 from sources.aside import SetAside
 from sources.demo_corpus import ensure_demo
-from stage import ROOT, UserError, check_writable, require, run_stage
+from stage import ROOT, UserError, check_writable, remove, require, run_stage
 from workers import RESULT, WorkFolder, processors
 
 if TYPE_CHECKING:
@@ -81,6 +81,8 @@ def main(cfg: Config) -> None:
     key = clear.work_key(replace(cfg, **ANYWHERE), jobs)
     # It is not left: on Slurm the work only begins when this process ends, and datatrove's records are in it.
     work = WorkFolder(cfg.out.with_name(f".{cfg.out.name}.datatrove"), key).__enter__()
+    if not cfg.out.exists():  # moved away since: written again
+        remove(work.path / "logs" / "publish")
     from data_clean.datatrove_blocks import Plan
 
     run = {"local": run_locally, "slurm": submit_to_slurm, "ray": run_on_ray}[cfg.executor]

@@ -184,9 +184,7 @@ class Cleaner:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.tally = recipe, Tally()
-        self.reasons: dict[int, str] | None = (
-            None  # if a dict: why which document (by its `order`) was dropped
-        )
+        self.reasons: dict[int, str] | None = None  # if a dict: why a document, by its `order`, was dropped
 
     def clean(self, documents: Documents) -> Documents:
         """All that a single text needs."""

@@ -4,7 +4,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from sources.report import table
+from sources.report import printable, table
 
 EXCERPT = 80  # characters of a row shown beside its reason
 MAX_KINDS = 5000  # files and reasons told apart; beyond, what a reason says in brackets is left out
@@ -38,7 +38,7 @@ class SetAside:
 
         row: its number from 1; None for what remains of a file, or where only its first byte, `offset`, is known.
         """
-        key = str(file), reason
+        key = printable(str(file)), reason
         if key not in self.counts and len(self.counts) >= MAX_KINDS:
             key = key[0], reason.partition("（")[0]
         self.counts[key] += rows
@@ -122,8 +122,3 @@ def _excerpt(content: Any) -> str:
     except RecursionError:
         return ""
     return printable(text[:EXCERPT])
-
-
-def printable(text: str) -> str:
-    """Replace what a terminal or a UTF-8 file could not take (lone surrogates)."""
-    return text.encode("utf-8", "replace").decode("utf-8")

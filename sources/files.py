@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from sources.report import printable
 from stage import DEMO_DIR, ROOT, UserError
 
 OUR_OUTPUTS = (DEMO_DIR, ROOT / "data" / "clean")
@@ -41,7 +42,7 @@ def list_files(path: Path, skip: Iterable[Path] = OUR_OUTPUTS) -> list[Path]:
 def source_name(file: Path, root: Path) -> str:
     """The data set a file belongs to: its top folder (or zip archive) below `root`, otherwise its own stem."""
     parts = file.relative_to(root).parts if file != root else (file.name,)
-    return stem(Path(parts[0]))
+    return printable(stem(Path(parts[0])))
 
 
 def stem(file: Path) -> str:

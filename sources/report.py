@@ -33,6 +33,11 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
+def printable(text: str) -> str:
+    """Replace what a terminal or a UTF-8 file could not take (lone surrogates)."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 def settings(cfg: StageConfig) -> dict[str, Any]:
     """The settings of a stage as JSON values."""
     return json.loads(json.dumps(asdict(cfg), default=str))

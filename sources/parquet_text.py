@@ -1,1 +1,0 @@
-"""Texts of a parquet file, column by column: no Python object for every row."""

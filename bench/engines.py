@@ -75,14 +75,14 @@ def ours_then(second: Callable[[list[str]], Removal], texts: list[str]) -> Remov
 
 
 def original(texts: list[str]) -> Removal:
-    """The original's kind: MinHash over the set of single Chinese characters, one document after another."""
+    """The original's kind: MinHash over single Chinese characters, one update for each, one document after another."""
     from datasketch import MinHash, MinHashLSH
 
     index = MinHashLSH(threshold=0.85, num_perm=NUM_PERM)
     keep = np.ones(len(texts), bool)
     for number, text in enumerate(texts):
         sketch = MinHash(num_perm=NUM_PERM)
-        for char in set(NOT_CHINESE.sub("", text)):
+        for char in NOT_CHINESE.sub("", text):
             sketch.update(char.encode("utf-8"))
         keep[number] = not index.query(sketch)
         if keep[number]:

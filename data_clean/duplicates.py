@@ -30,6 +30,7 @@ from data_clean.texts import from_strings
 PARTITION = 1 << 24  # keys sorted at a time
 BLOCK = 1 << 18  # documents whose signatures are compared at a time
 MOST_COMPARED = 256  # documents of its bucket that one is compared with: no bucket costs quadratic time
+SHARD = 3000  # texts in memory that are taken at a time: the memory of small batches is used again
 VERIFY_CHARACTERS = 4 << 20  # of the candidate pairs that a thread verifies at a time
 
 Column = Callable[[Shard], np.ndarray]  # the keys of a shard's documents, (count,) uint64
@@ -225,13 +226,16 @@ def deduplicate(texts: Sequence[str], settings: Settings, threads: int = 1) -> R
     """Duplicates among texts in memory, through the same steps as a corpus on disk."""
     if not len(texts):
         return Result(np.empty(0, bool), np.empty(0, np.int64))
+    order = np.arange(len(texts), dtype=np.uint64)
     with TemporaryDirectory() as folder:
-        order = np.arange(len(texts), dtype=np.uint64)
-        documents = Documents(from_strings(texts), np.full(len(texts), "", object), order)
-        signatures = sign(keys_of(documents.texts), settings)
-        names = write_shard(Path(folder, "0"), documents, signatures, np.zeros(len(texts), int))
-        corpus = Corpus([Shard(Path(folder, "0"), names)])
-        clusters = find_clusters(corpus, settings, partial(join_near, threads=threads))
+        shards = []
+        for rows in np.array_split(order, len(texts) // SHARD + 1):
+            part = from_strings(texts[int(rows[0]) : int(rows[-1]) + 1])
+            documents = Documents(part, np.full(len(rows), "", object), rows)
+            signatures = sign(keys_of(part), settings)
+            path = Path(folder, str(len(shards)))
+            shards.append(Shard(path, write_shard(path, documents, signatures, np.zeros(len(rows), int))))
+        clusters = find_clusters(Corpus(shards), settings, partial(join_near, threads=threads))
     cluster = order.astype(np.int64)
     cluster[clusters.members] = clusters.kept
     return Result(cluster == order.astype(np.int64), cluster)

@@ -45,6 +45,7 @@ def keys_of(texts: Texts) -> Keys:
     return Keys(codes, starts)
 
 
+@cache
 def _is_content(char: str) -> bool:
     """Letters and numbers, and marks: vowel signs and accents carry meaning, variation selectors do not."""
     if char.isalnum() or any(first <= ord(char) < end for first, end in IDEOGRAPHS):  # also of newer Unicodes

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes .venv, installs, checks the code's style and runs the tests: bash runs/test.sh [pytest options]
-source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt requirements-dev.txt
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt requirements-dev.txt requirements-cluster.txt
 ruff check .
 ruff format --check .
 python -m pytest -q "$@"

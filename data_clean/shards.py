@@ -89,10 +89,12 @@ def write_shard(
     with open(folder / TEXT, "wb") as file:
         for rows in np.array_split(order, len(order) // WRITTEN + 1):
             file.write(texts.take(rows).data)
-    names, codes = np.unique(documents.sources.astype(str), return_inverse=True)
+    names = sorted(set(documents.sources))
+    code_of = {name: code for code, name in enumerate(names)}
+    codes = np.array([code_of[name] for name in documents.sources], np.uint16)
     columns = {
         "order": documents.order,
-        "source": codes.astype(np.uint16),
+        "source": codes,
         **{name: column for name, column in zip(Signatures._fields, signatures, strict=False) if len(column)},
     }
     for name, column in columns.items():
@@ -101,7 +103,7 @@ def write_shard(
     np.save(folder / "starts.npy", np.append(0, texts.sizes[order].cumsum()))
     np.save(folder / "length.npy", texts.characters[order].astype(np.uint32))
     np.save(folder / "slots.npy", np.searchsorted(slot_of[order], np.arange(SLOTS + 1)))
-    return names.tolist()
+    return names
 
 
 class Corpus:

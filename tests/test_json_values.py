@@ -117,7 +117,7 @@ def test_nested_objects_like_the_outer_ones():
         {"title": f"条目{n}", "sections": [{"title": f"{m}", "content": "内容}, {" * m} for m in range(4)]}
         for n in range(3000)
     ]
-    for layout in ("array", "glued", "indented"):
+    for layout in ("array", "glued", "indented", "values"):
         with file_of(contain(rows, layout)) as path:
             texts, aside = read(path)
             assert [row for _, row in read_rows(path, aside)] == rows and not aside

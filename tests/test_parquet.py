@@ -86,7 +86,16 @@ def test_titles_beside_bytes_that_are_no_text():
     raw = pa.array(["甲".encode(), b"\xff", "乙".encode()], pa.large_binary()).view(pa.large_string())
     with file_of(parquet(pa.table({"title": ["一", "二", "三"], "text": raw}))) as path:
         texts, aside = read(path)
-    assert texts == ["一\n甲", "三\n乙"] and aside.examples[0]["row"] == 2
+    assert texts == ["一\n甲", "三\n乙"]
+    assert [(e["row"], e["reason"]) for e in aside.examples] == [(2, BAD_TEXT)]
+
+
+def test_a_source_that_is_no_text_is_replaced():
+    raw = pa.array([b"C4", b"\xff"], pa.large_binary()).view(pa.large_string())
+    with file_of(parquet(pa.table({"text": ["甲", "乙"], "source": raw}))) as path:
+        [piece] = split_into_pieces(path)
+        [batch] = read_batches(piece, SetAside())
+    assert batch.sources.to_pylist() == ["C4", "file.xyz"]
 
 
 def test_trimming_is_that_of_python():

@@ -126,6 +126,19 @@ def test_truncated_streams_keep_what_comes_before(container):
         assert "压缩文件损坏" in aside.examples[-1]["reason"]
 
 
+def test_padding_and_skippable_frames_are_no_damage():
+    content = contain(documents(10), "lines")
+    skippable = b"\x53\x2a\x4d\x18" + (5).to_bytes(4, "little") + b"notes"
+    for packed in (
+        gzip.compress(content) + bytes(1000),
+        gzip.compress(content[:99]) + bytes(3) + gzip.compress(content[99:]),
+        skippable + zstd(content[:99]) + skippable + zstd(content[99:]),
+    ):
+        with file_of(packed) as path:
+            texts, aside = read(path)
+        assert texts == [row["text"] for row in documents(10)] and not aside
+
+
 @contextmanager
 def at_most(megabytes: int) -> Iterator[None]:
     """Python's own memory, in which the readers hold all that they read."""

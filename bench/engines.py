@@ -74,15 +74,19 @@ def ours_then(second: Callable[[list[str]], Removal], texts: list[str]) -> Remov
     return keep
 
 
-def original(texts: list[str]) -> Removal:
-    """The original's kind: MinHash over single Chinese characters, one update for each, one document after another."""
+def original(texts: list[str], distinct: bool = False) -> Removal:
+    """The original's kind: MinHash over single Chinese characters, one update for each, one document after another.
+
+    distinct: one update for each different character only, which gives the same sketch in half the time.
+    """
     from datasketch import MinHash, MinHashLSH
 
     index = MinHashLSH(threshold=0.85, num_perm=NUM_PERM)
     keep = np.ones(len(texts), bool)
     for number, text in enumerate(texts):
         sketch = MinHash(num_perm=NUM_PERM)
-        for char in NOT_CHINESE.sub("", text):
+        chars = NOT_CHINESE.sub("", text)
+        for char in set(chars) if distinct else chars:
             sketch.update(char.encode("utf-8"))
         keep[number] = not index.query(sketch)
         if keep[number]:
@@ -196,6 +200,7 @@ ENGINES: dict[str, Engine] = {
     "本引擎 SimHash": Engine(our_simhash, "texts", 10**9),
     "本引擎 MinHash 后 SimHash": Engine(partial(ours_then, our_simhash), "texts", 10**9),
     "原项目的写法": Engine(original, "texts", 10_000, "datasketch"),
+    "原项目的写法，先去掉重复的字": Engine(partial(original, distinct=True), "texts", 10_000, "datasketch"),
     "datasketch 批量，不核实": Engine(datasketch_batch, "keys", 30_000, "datasketch"),
     "datasketch 批量，核实": Engine(partial(datasketch_batch, verify=True), "keys", 30_000, "datasketch"),
     "rensa（README 的用法）": Engine(rensa_documented, "keys", 100_000, "rensa"),

@@ -176,6 +176,14 @@ def test_every_engine_leaves_one_of_equal_texts(name):
     assert keep[[7, 30, 31]].sum() == keep[[8, 32]].sum() == expected
 
 
+def test_repeated_characters_change_nothing_for_the_original():
+    texts = BACKGROUND.documents(np.random.default_rng(2), np.full(20, 200))
+    texts += [near_copies.scattered(text, 0.05, np.random.default_rng(3), BACKGROUND) for text in texts]
+    keep = ENGINES["原项目的写法"].run(texts)
+    assert 0 < keep.sum() < len(texts)
+    assert (keep == ENGINES["原项目的写法，先去掉重复的字"].run(texts)).all()
+
+
 # --- the scripts ---
 
 
@@ -204,7 +212,7 @@ def test_quality_script(tmp_path):
 @pytest.mark.skipif(not hasattr(os, "wait4"), reason="children cannot be measured here")
 def test_speed_script(tmp_path):
     out = tmp_path / "s.json"
-    names = ("本引擎 SimHash", "原项目")
+    names = ("本引擎 SimHash", "原项目的写法")
     script(
         "bench/dedup_speed.py", "--documents", 300, "--rounds", 1, "--engines", *names,
         "--folder", tmp_path, "--out", out,

@@ -31,6 +31,7 @@ PARTITION = 1 << 24  # keys sorted at a time
 BLOCK = 1 << 18  # documents whose signatures are compared at a time
 MOST_COMPARED = 256  # documents of its bucket that one is compared with: no bucket costs quadratic time
 SHARD = 3000  # texts in memory that are taken at a time: the memory of small batches is used again
+PAIRS = 1 << 20  # candidate pairs in memory
 VERIFY_CHARACTERS = 4 << 20  # of the candidate pairs that a thread verifies at a time
 
 Column = Callable[[Shard], np.ndarray]  # the keys of a shard's documents, (count,) uint64
@@ -111,7 +112,7 @@ def join_by_minhash(
                     pairs = np.stack([members[left], members[right]], axis=1)
                     similar = verify(corpus, pairs, settings.ngram, pool) >= settings.threshold
                     unite(parent, pairs[similar, 0], pairs[similar, 1])
-                    most *= 2
+                    most = max(1, min(2 * most, PAIRS // max(1, len(active))))
 
 
 def join_by_simhash(corpus: Corpus, parent: np.ndarray, alive: np.ndarray, settings: Settings) -> None:

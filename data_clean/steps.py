@@ -145,14 +145,14 @@ def write_part(job: PartJob, folder: Path) -> dict[str, Any]:
 
     start, tally, keep = time.process_time(), Tally(), np.load(job.keep, mmap_mode="r")
     schema = pa.schema([("text", pa.large_string()), ("source", pa.string())])
-    texts, sources, kept = [], [np.empty(0, object)], [np.empty(0, bool)]
+    texts, sources = [], [np.empty(0, object)]
     for shard, flags in Corpus(job.shards).by_shard(keep):
         here = shard.part(job.number, job.parts)
-        texts.append(shard.texts().slice(here.start, here.stop))
-        sources.append(shard.source_names()[here])
-        kept.append(flags[here])
+        kept = here.start + np.flatnonzero(flags[here])
+        texts.append(shard.texts().take(kept))
+        sources.append(shard.source_names()[kept])
     all_texts, all_sources = concatenate(texts), np.concatenate(sources)
-    order = np.random.default_rng([job.seed, job.number]).permutation(np.flatnonzero(np.concatenate(kept)))
+    order = np.random.default_rng([job.seed, job.number]).permutation(all_texts.count)
     options = dict(compression="zstd", use_dictionary=["source"], write_statistics=["source"])
     with pq.ParquetWriter(folder / PART, schema, **options) as writer:
         for rows in np.array_split(order, len(order) // ROW_GROUP + 1):

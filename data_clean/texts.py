@@ -46,11 +46,6 @@ class Texts(_Buffer):
         """The texts at these positions, in this order, copied into a new buffer."""
         return from_arrow(self.to_arrow().take(pa.array(indices, pa.int64())))
 
-    def slice(self, start: int, stop: int) -> "Texts":
-        """The texts from position `start` to before `stop`; nothing is copied."""
-        starts = self.starts[start : stop + 1]
-        return Texts(self.data[starts[0] : starts[-1]], starts - starts[0])
-
     def replace(self, where: np.ndarray, strings: list[str]) -> "Texts":
         """The same texts but for those at the positions `where`, a mask (n,) bool, in a new buffer."""
         strings = pa.array(strings, pa.large_string())

@@ -60,7 +60,7 @@ def tally_of(texts, sources, rules):
     data = from_strings(texts)
     read = tally.count_read(data, sources)
     for rule in dict.fromkeys(filter(None, rules)):
-        tally.drop(rule, data, sources, np.flatnonzero(np.array(rules, object) == rule))
+        tally.drop(rule, data, sources, np.flatnonzero([other == rule for other in rules]))
     kept = np.array([rule is None for rule in rules], bool)
     tally.count_kept(data.take(np.flatnonzero(kept)), sources[kept])
     tally.step("读取", len(texts), len(texts), read, read, 0.5)

@@ -124,9 +124,8 @@ def atomic_path(final: Path) -> Iterator[Path]:
         if final.is_dir() and not temporary.is_dir():
             raise UserError(f"{final} 是文件夹，而这里要写的是文件；请换一个路径。")
         swap(temporary, final)
-        for leftover in final.parent.glob(
-            f".{escape(final.name)}.*-*"
-        ):  # of runs that were killed just there
+        # What runs left that were killed just there.
+        for leftover in final.parent.glob(f".{escape(final.name)}.*-*"):
             remove(leftover)
     except OSError as error:
         # numpy reports a full disk without its number.

@@ -233,7 +233,8 @@ def near_engine(cfg: Config) -> Join:
 
 def without_duplicates(cfg: Config, corpus: Corpus, tally: Tally, join: Join) -> np.ndarray:
     """Which documents are written, (n,) bool: those of the corpus that are no duplicates."""
-    keep = ~corpus.is_reference(np.arange(len(corpus)))
+    own = [np.full(shard.count, not shard.is_reference) for shard in corpus.shards]
+    keep = np.concatenate([np.empty(0, bool), *own])
     if not len(corpus):
         return keep
     start = time.process_time()

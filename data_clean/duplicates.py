@@ -5,7 +5,7 @@ hashing (see signatures.py) and their whole signatures agree well enough; MinHas
 the exact Jaccard similarity of their n-gram sets, because texts that follow one template and differ in facts
 share buckets too. Verified pairs are joined to clusters (union-find), and of each cluster one document stays.
 
-Memory: 5 bytes per document and, whatever the size of the corpus, about 0.6 GB for the keys of one band and the
+Memory: 10 bytes per document and, whatever the size of the corpus, about 0.6 GB for the keys of one band and the
 signatures and texts that are being compared; everything else stays on disk.
 """
 
@@ -193,7 +193,7 @@ def _verify_chunk(corpus: Corpus, pairs: np.ndarray, ngram: int) -> np.ndarray:
 def choose(corpus: Corpus, parent: np.ndarray, rank: Callable[[str], int]) -> Clusters:
     """Of each cluster the document that stays."""
     root = flatten(parent)
-    joined = np.flatnonzero(root != np.arange(len(root)))
+    joined = np.flatnonzero(root != apart(corpus))
     if not len(joined):
         return Clusters(joined, joined, joined > 0)
     members = np.union1d(joined, root[joined]).astype(np.int64)

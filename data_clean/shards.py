@@ -53,18 +53,20 @@ class Shard:
     def column(self, name: str) -> np.ndarray:
         return np.load(self.folder / f"{name}.npy", mmap_mode="r")
 
-    def texts(self) -> Texts:
-        return Texts(
-            np.asarray(np.memmap(self.folder / TEXT, np.uint8, "r")), np.load(self.folder / "starts.npy")
-        )
+    def texts(self, where: slice = slice(None)) -> Texts:
+        """The texts at these positions; they are mapped, only their starts are read."""
+        first, end, _ = where.indices(self.count)
+        starts = np.array(self.column("starts")[first : end + 1])
+        data = np.asarray(np.memmap(self.folder / TEXT, np.uint8, "r"))
+        return Texts(data[starts[0] : starts[-1]], starts - starts[0])
 
     def sizes(self) -> np.ndarray:
         """UTF-8 bytes of each document, (count,)."""
         return np.diff(self.column("starts"))
 
-    def source_names(self) -> np.ndarray:
-        """The data set of each document, (count,) objects."""
-        return np.array(self.sources, object)[self.column("source")]
+    def source_names(self, where: slice = slice(None)) -> np.ndarray:
+        """The data set of the documents at these positions, (n,) objects."""
+        return np.array(self.sources, object)[self.column("source")[where]]
 
     def slot_of(self) -> np.ndarray:
         """Slot of each document, (count,)."""
@@ -111,9 +113,8 @@ class Corpus:
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         self.shards = list(shards)
-        self.firsts = np.cumsum(
-            [0, *(shard.count for shard in shards)]
-        )  # number of each shard's first document
+        # The number of each shard's first document, and of the last one's end.
+        self.firsts = np.cumsum([0, *(shard.count for shard in shards)])
         # Opening a file costs more than reading a text from it.
         self._column = cache(lambda shard, name: self.shards[shard].column(name))
         self._open_text = lru_cache(maxsize=64)(lambda shard: (self.shards[shard].folder / TEXT).open("rb"))

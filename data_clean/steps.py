@@ -35,13 +35,8 @@ ROW_GROUP = 5000  # rows: readers stream parquet and hold one group
 PART, KEEP = "part.parquet", "keep.npy"
 SCORED = 1000  # documents that a model judges at a time
 BITS = [n / 10 for n in range(81)]  # edges of a histogram
-SHOWN = (
-    "chinese",
-    "punctuation",
-    "digits",
-    "ended_lines",
-    "repeated_8gram",
-)  # features with a histogram in the report
+# Features with a histogram in the report.
+SHOWN = ("chinese", "punctuation", "digits", "ended_lines", "repeated_8gram")
 
 
 @dataclass(frozen=True)
@@ -148,9 +143,9 @@ def write_part(job: PartJob, folder: Path) -> dict[str, Any]:
     texts, sources = [], [np.empty(0, object)]
     for shard, flags in Corpus(job.shards).by_shard(keep):
         here = shard.part(job.number, job.parts)
-        kept = here.start + np.flatnonzero(flags[here])
-        texts.append(shard.texts().take(kept))
-        sources.append(shard.source_names()[kept])
+        kept = np.flatnonzero(flags[here])
+        texts.append(shard.texts(here).take(kept))
+        sources.append(shard.source_names(here)[kept])
     all_texts, all_sources = concatenate(texts), np.concatenate(sources)
     order = np.random.default_rng([job.seed, job.number]).permutation(all_texts.count)
     options = dict(compression="zstd", use_dictionary=["source"], write_statistics=["source"])

@@ -1,6 +1,7 @@
 """What the tests share: running scripts as a user does, a small vocabulary, and the real data if it is there."""
 
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,14 @@ def script(name: str, *arguments: object, ok: bool = True, **options: object) ->
     assert "Traceback" not in done.stderr, done.stderr
     assert (done.returncode == 0) == ok, f"{command}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+def edited(rng: random.Random, text: str, edits: int) -> str:
+    """The text with so many characters replaced."""
+    letters = list(text)
+    for place in rng.sample(range(len(letters)), edits):
+        letters[place] = chr(0x4E00 + rng.randrange(3000))
+    return "".join(letters)
 
 
 @pytest.fixture(scope="session")

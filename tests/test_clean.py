@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from conftest import edited
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -57,13 +58,6 @@ def write_lines(path, rows):
 
 def sentence(rng, length=60):
     return "".join(chr(0x4E00 + rng.randrange(3000)) for _ in range(length - 1)) + "。"
-
-
-def edited(rng, text, edits):
-    letters = list(text)
-    for place in rng.sample(range(len(letters)), edits):
-        letters[place] = chr(0x4E00 + rng.randrange(3000))
-    return "".join(letters)
 
 
 @pytest.fixture(scope="module")

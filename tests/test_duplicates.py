@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import edited
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,13 +25,6 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 
 def sentence(rng, length=60):
     return "".join(chr(0x4E00 + rng.randrange(3000)) for _ in range(length))
-
-
-def edited(rng, text, edits):
-    letters = list(text)
-    for place in rng.sample(range(len(letters)), edits):
-        letters[place] = chr(0x4E00 + rng.randrange(3000))
-    return "".join(letters)
 
 
 def corpus_of(folder: Path, texts, config=DEFAULT, sources=None, shards=1, references=0):

@@ -6,10 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from chatglm_tokenizer.tokenization_chatglm import ChatGLMTokenizer
 from stage import UserError
 from training.loader import MicroBatch
+from training.mixture import Mixture, Phase, whole_weights
+
+# https://arxiv.org/abs/2305.16264: up to four epochs, repeated data are almost as good as new ones.
+TOO_OFTEN = "：重复超过 4 遍的收益很小，建议减小它的份额或增加语料"
 
 
 class TokenWindows:
@@ -18,11 +23,15 @@ class TokenWindows:
     Neighbouring windows share one token, so that every token but a file's first is a target once.
     """
 
-    def __init__(self, paths: Sequence[Path], seq_len: int, tokenizer: ChatGLMTokenizer):
+    def __init__(
+        self, paths: Sequence[Path], seq_len: int, tokenizer: ChatGLMTokenizer, document_mask: bool = False
+    ):
+        """document_mask: number the documents of a row, for a model in which they do not see each other."""
         self.seq_len, self.vocab_size, self.paths = seq_len, tokenizer.vocab_size, list(paths)
+        self.eos = tokenizer.special_tokens["<eos>"] if document_mask else None
         self.files = [open_tokens(path, tokenizer) for path in paths]
-        counts = [(len(tokens) - 1) // seq_len for tokens in self.files]
-        self.ends = np.cumsum(counts)  # index after the last window of each file
+        self.counts = [(len(tokens) - 1) // seq_len for tokens in self.files]
+        self.ends = np.cumsum(self.counts)  # index after the last window of each file
         if not len(self):
             raise UserError(
                 f"{', '.join(map(str, paths))} 一共只有 {sum(map(len, self.files))} 个 token，"
@@ -32,20 +41,41 @@ class TokenWindows:
     def __len__(self) -> int:
         return int(self.ends[-1])
 
+    def locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The file of each of these windows, and its number within that file, (n,) each."""
+        files = np.searchsorted(self.ends, indices, side="right")
+        return files, indices - (self.ends - self.counts)[files]
+
     def read(self, indices: np.ndarray) -> MicroBatch:
-        """Tokens and targets of these windows, (n, seq_len) int64 each."""
+        """These windows, (n, seq_len)."""
         rows = np.empty((len(indices), self.seq_len + 1), dtype=np.int64)
-        for row, index in zip(rows, indices, strict=True):
-            file = int(np.searchsorted(self.ends, index, side="right"))
-            start = (index - (self.ends[file - 1] if file else 0)) * self.seq_len
-            row[:] = self.files[file][start : start + self.seq_len + 1]
+        files, numbers = self.locate(indices)
+        for file in np.unique(files):
+            here = files == file
+            rows[here] = overlapping(self.files[file], self.seq_len)[numbers[here]]
         if rows.size and rows.max() >= self.vocab_size:
             raise UserError(
                 f"{', '.join(map(str, self.paths))} 里有 id {rows.max()}，超出词表（{self.vocab_size} 个条目）；"
                 "请用生成它的词表（--tokenizer），或重新运行 data_process.py。"
             )
-        windows = torch.from_numpy(rows)
-        return MicroBatch(windows[:, :-1].contiguous(), windows[:, 1:].contiguous())
+        # Copied by numpy: torch would start threads of its own for it in the thread that reads ahead.
+        tokens, targets = np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
+        return MicroBatch(torch.from_numpy(tokens), torch.from_numpy(targets), self.number_documents(tokens))
+
+    def number_documents(self, tokens: np.ndarray) -> Tensor | None:
+        """The document of each token, (n, seq_len) int32; None if no row has two, so that nothing is masked.
+
+        An <eos> opens the document behind it, whose first token is predicted from it alone.
+        """
+        if self.eos is None or not (tokens[:, 1:] == self.eos).any():
+            return None
+        return torch.from_numpy((tokens == self.eos).cumsum(axis=1, dtype=np.int32))
+
+
+def overlapping(tokens: np.ndarray, seq_len: int) -> np.ndarray:
+    """The windows of a file as rows that share one token, (n, seq_len + 1); a view, nothing is read."""
+    shape, size = ((len(tokens) - 1) // seq_len, seq_len + 1), tokens.itemsize
+    return np.lib.stride_tricks.as_strided(tokens, shape, (seq_len * size, size), writeable=False)
 
 
 def open_tokens(path: Path, tokenizer: ChatGLMTokenizer) -> np.ndarray:
@@ -93,54 +123,72 @@ def read_sidecar(path: Path) -> dict:
 
 
 class PretrainBatches:
-    """Batches of windows in a new random order each epoch; disjoint across processes.
+    """Batches of windows, each file in a new random order each time through; disjoint across processes.
 
-    The order depends on the seed and the batch alone, so any number of processes sees the same global batches.
+    A step depends on the seed, the batch and the phases alone: any number of processes sees the same global
+    batches, and a resumed run needs nothing but the number of its step.
     """
 
-    def __init__(self, windows: TokenWindows, batch: int, micro_batch: int, rank: int, world: int, seed: int):
-        """batch: windows of a step, over all processes. micro_batch: windows of one forward of a process."""
+    def __init__(
+        self,
+        windows: TokenWindows,
+        batch: int,
+        micro_batch: int,
+        rank: int,
+        world: int,
+        seed: int,
+        phases: Sequence[Phase] | None = None,
+    ):
+        """batch: windows of a step, over all processes. micro_batch: windows of one forward of a process.
+
+        phases: by default one, in which every file has a share in proportion to its size.
+        """
         self.windows, self.batch, self.micro_batch = windows, batch, micro_batch
-        self.rank, self.world, self.seed = rank, world, seed
-        self.steps_per_epoch = len(windows) / batch
+        self.rank, self.world = rank, world
+        phases = phases or [Phase(0, whole_weights(windows.counts))]
+        in_draws = [Phase(phase.begin * batch, phase.weights) for phase in phases]
+        self.mixture = Mixture(windows.counts, in_draws, seed)
+        self.steps_per_epoch = (
+            len(windows) / batch
+        )  # as many tokens as all the files hold, whatever their shares
         self.signature = {
             "batch_tokens": batch * windows.seq_len,
             "windows": len(windows),
             "file_tokens": [len(tokens) for tokens in windows.files],
             "max_seq_len": windows.seq_len,
             "seed": seed,
+            "document_mask": windows.eos is not None,
+            "phases": [[phase.begin, list(phase.weights)] for phase in phases],
         }
 
     def step(self, step: int) -> list[MicroBatch]:
         """This process's micro-batches of a step."""
-        n = len(self.windows)
-        positions = np.arange(step * self.batch, (step + 1) * self.batch)[self.rank :: self.world]
-        indices = np.empty_like(positions)
-        for epoch in np.unique(positions // n):
-            here = positions // n == epoch
-            indices[here] = permute(positions[here] % n, n, key=self.seed * 1_000_003 + int(epoch))
-        cuts = range(0, len(indices), self.micro_batch)
-        return [self.windows.read(indices[i : i + self.micro_batch]) for i in cuts]
+        mine = self.drawn(step)
+        cuts = range(0, len(mine), self.micro_batch)
+        return [self.windows.read(mine[i : i + self.micro_batch]) for i in cuts]
 
+    def drawn(self, step: int) -> np.ndarray:
+        """The windows of this process in a step, (n,)."""
+        return self.mixture.draw(step * self.batch, (step + 1) * self.batch)[self.rank :: self.world]
 
-def permute(positions: np.ndarray, n: int, key: int) -> np.ndarray:
-    """Where these positions of 0 … n-1 go in a random permutation that is never stored.
+    def describe(self, step: int) -> str:
+        """Where this process's rows of a step come from: files, and the positions of their tokens there."""
+        files, numbers = self.windows.locate(self.drawn(step))
+        starts, texts = numbers * self.windows.seq_len, []
+        for file in np.unique(files):
+            places = (f"{start}–{start + self.windows.seq_len}" for start in starts[files == file])
+            texts.append(f"{self.windows.paths[file].name} 的 token {'、'.join(places)}")
+        return "；".join(texts)
 
-    A four-round Feistel network on the next even number of bits is a bijection; what lands at n or beyond is
-    sent through again until it lands inside ("cycle walking", https://doi.org/10.1007/3-540-45760-7_9).
-    """
-    half = max(1, ((n - 1).bit_length() + 1) // 2)
-    mask = np.uint64((1 << half) - 1)
-    keys = np.random.default_rng(key).integers(1, 2**63, size=4, dtype=np.uint64)
-
-    def shuffle(x: np.ndarray) -> np.ndarray:
-        left, right = x >> np.uint64(half), x & mask
-        for k in keys:
-            mixed = (right + k) * np.uint64(0x9E3779B97F4A7C15)  # wraps around: a multiplicative hash
-            left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(29))) >> np.uint64(17) & mask)
-        return (left << np.uint64(half)) | right
-
-    out = shuffle(positions.astype(np.uint64))
-    while (outside := out >= n).any():
-        out[outside] = shuffle(out[outside])
-    return out.astype(np.int64)
+    def plan(self, steps: int) -> str:
+        """A line for each file: its tokens, its share of those trained on in so many steps, and its epochs."""
+        drawn, lines = self.mixture.counts(steps * self.batch), []
+        for path, tokens, size, n in zip(
+            self.windows.paths, self.windows.files, self.windows.counts, drawn, strict=True
+        ):
+            passes = n / max(1, size)
+            lines.append(
+                f"{path.name}：{len(tokens) / 1e6:.2f}M token，训练 {n * self.windows.seq_len / 1e6:.2f}M"
+                f"（占 {n / max(1, sum(drawn)):.1%}，{passes:.2f} 遍）{TOO_OFTEN if passes > 4 else ''}"
+            )
+        return "\n".join(lines)

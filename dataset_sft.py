@@ -109,6 +109,12 @@ class SftBatches:
         parts = [mine[i : i + self.micro_batch] for i in range(0, len(mine), self.micro_batch)]
         return [collate([self.samples[i] for i in part]) for part in parts]
 
+    def describe(self, step: int) -> str:
+        """Which usable samples, counted from 0, are this process's rows of a step."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        batch = (self.order if epoch == self.epoch else self.shuffled(epoch))[position]
+        return f"样本 {'、'.join(map(str, batch[self.rank :: self.world]))}"
+
     def shuffled(self, epoch: int) -> list[list[int]]:
         """The batches of an epoch: shuffle, sort by length within pools, cut, shuffle the batches."""
         rng = np.random.default_rng((self.seed, epoch))

@@ -142,6 +142,11 @@ class Attention(nn.Module):
             k, v = cache.update(self.layer, k, v)
         dropout = self.args.dropout if self.training else 0.0
         grouped = self.args.n_kv_heads != self.args.n_heads
+        if grouped and mask is not None and q.is_cuda:
+            # CUDA's fused kernels take a mask or grouped heads, not both; the fallback holds all the scores
+            # (https://github.com/huggingface/transformers/pull/39412).
+            k, v = (heads.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for heads in (k, v))
+            grouped = False
         causal = mask is None and cache is None
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, enable_gqa=grouped)
         return F.dropout(self.wo(y.transpose(1, 2).flatten(-2)), dropout)  # (B, H, T, D) -> (B, T, C)

@@ -19,6 +19,7 @@ from stage import DEMO_DIR, DEMO_OUT, ROOT, UserError, need, require, run_stage
 from training import runtime as rt
 from training.config import TrainConfig
 from training.loop import train
+from training.mixture import Phase, whole_weights
 
 
 @dataclass
@@ -26,6 +27,10 @@ class Config(TrainConfig):
     """预训练：token 文件 -> out/pretrain。"""
 
     data: tuple[Path, ...] = (ROOT / "data" / "pretrain_data.bin",)  # 一个或多个 token 文件
+    weights: tuple[float, ...] = ()  # 各文件在训练 token 中的份额，如 2 1；默认与文件大小成正比
+    anneal_weights: tuple[float, ...] = ()  # 训练末段改用的份额（多用好语料）；默认不变
+    anneal_fraction: float | None = None  # 末段占总步数的比例；默认与 decay_fraction 相同
+    document_mask: bool = False  # 同一窗口里的各篇文档互不可见，位置各自从 0 算起
     valid: Path = ROOT / "data" / "valid_data.bin"  # 验证用的 token 文件
     tokenizer: Path | None = None  # 词表；默认为 token 文件记录的那个，没有记录则为 ChatGLM2
     out: Path = ROOT / "out" / "pretrain"  # 检查点、日志与曲线保存到哪里
@@ -63,9 +68,32 @@ class Config(TrainConfig):
     def check(self) -> None:
         super().check()
         require(len(self.data) > 0, "data", "空", "至少要有一个文件")
+        self.check_mixture()
         require(self.batch_tokens >= 1, "batch_tokens", self.batch_tokens, "至少为 1")
         require(self.eval_tokens >= 1, "eval_tokens", self.eval_tokens, "至少为 1")
         require(self.dropout is None or 0 <= self.dropout < 1, "dropout", self.dropout, "不小于 0 且小于 1")
+
+    def check_mixture(self) -> None:
+        """Raise UserError for shares that cannot be drawn."""
+        for name in ("weights", "anneal_weights"):
+            weights = getattr(self, name)
+            require(
+                len(weights) in (0, len(self.data)),
+                name,
+                weights,
+                f"要与 --data 的 {len(self.data)} 个文件一一对应",
+            )
+            usable = not weights or (all(0 <= w < 1e9 for w in weights) and sum(weights) > 0)
+            require(usable, name, weights, "不能为负，且不能全为 0")
+        fraction = self.anneal_fraction
+        require(fraction is None or 0 < fraction < 1, "anneal_fraction", fraction, "大于 0 且小于 1")
+        require(
+            fraction is None or self.anneal_weights, "anneal_fraction", fraction, "要与 --anneal_weights 同用"
+        )
+        for path, *shares in zip(self.data, *filter(None, (self.weights, self.anneal_weights)), strict=True):
+            require(
+                not self.weights or any(shares), "weights", self.weights, f"使 {path} 从不被读到：请去掉它"
+            )
 
     def has_input(self) -> bool:
         return all(path.exists() for path in self.data)
@@ -79,9 +107,19 @@ def main(cfg: Config) -> None:
             need(path, "data_process.py", cfg)
         tokenizer = ChatGLMTokenizer(cfg.tokenizer or recorded_tokenizer(cfg.data[0]))
         args = model_args(cfg, tokenizer)
-        windows = TokenWindows(cfg.data, args.max_seq_len, tokenizer)
+        windows = TokenWindows(cfg.data, args.max_seq_len, tokenizer, cfg.document_mask)
         batch = max(runtime.world, cfg.batch_tokens // args.max_seq_len)
-        batches = PretrainBatches(windows, batch, cfg.micro_batch, runtime.rank, runtime.world, cfg.seed)
+        total = cfg.total_steps(len(windows) / batch)
+        batches = PretrainBatches(
+            windows,
+            batch,
+            cfg.micro_batch,
+            runtime.rank,
+            runtime.world,
+            cfg.seed,
+            phases(cfg, windows, total),
+        )
+        runtime.print(batches.plan(total))
         evaluate = make_evaluate(cfg, args, tokenizer, runtime)
         train(cfg, runtime, Transformer(args), tokenizer.content, batches, evaluate)
 
@@ -90,6 +128,18 @@ def recorded_tokenizer(data: Path) -> Path:
     """The vocabulary that a token file was made with; ChatGLM2's for a published file, which does not say."""
     recorded = read_sidecar(data).get("tokenizer", {}).get("path")
     return Path(recorded) if recorded else CHATGLM2
+
+
+def phases(cfg: Config, windows: TokenWindows, total: int) -> list[Phase]:
+    """The shares of the files from the first step on, and for the last steps of `total` if they change."""
+    for path, count in zip(cfg.data, windows.counts, strict=True):
+        if not count and (cfg.weights or cfg.anneal_weights):
+            raise UserError(f"{path} 不足一个窗口，不能指定份额；请去掉它，或减小 --max_seq_len。")
+    found = [Phase(0, whole_weights(cfg.weights or windows.counts))]
+    if cfg.anneal_weights:
+        fraction = cfg.decay_fraction if cfg.anneal_fraction is None else cfg.anneal_fraction
+        found.append(Phase(total - max(1, round(fraction * total)), whole_weights(cfg.anneal_weights)))
+    return found
 
 
 def model_args(cfg: Config, tokenizer: ChatGLMTokenizer) -> ModelArgs:
@@ -111,7 +161,7 @@ def make_evaluate(
     if not cfg.valid.exists() or cfg.valid.stat().st_size < needed:
         runtime.print(f"没有验证文件 {cfg.valid}，或它不足一个窗口：不做验证。")
         return lambda model: {}
-    windows = TokenWindows([cfg.valid], args.max_seq_len, tokenizer)
+    windows = TokenWindows([cfg.valid], args.max_seq_len, tokenizer, cfg.document_mask)
     count = max(1, min(len(windows), cfg.eval_tokens // args.max_seq_len))
     chosen = np.linspace(0, len(windows) - 1, count).astype(np.int64)[runtime.rank :: runtime.world]
     sizes, eos = tokenizer.bytes_per_token(), tokenizer.special_tokens["<eos>"]

@@ -1,5 +1,6 @@
 """Windows over token files, their random order, and the masked batches of fine-tuning."""
 
+import itertools
 import json
 
 import numpy as np
@@ -9,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chatglm_tokenizer.tokenization_chatglm import ChatGLMTokenizer
-from dataset import PretrainBatches, TokenWindows, permute
+from dataset import PretrainBatches, TokenWindows
 from dataset_sft import SftBatches, collate, read_samples, split_validation
 from model import IGNORE
 from sources.aside import SetAside
 from stage import UserError
+from training.mixture import permute
 
 
 @settings(max_examples=60, deadline=None)
@@ -63,10 +65,12 @@ def test_processes_share_the_global_batch_whatever_their_number(two_files) -> No
         split = batch(step, 2, 1)
         assert sorted(alone) == sorted(split[0] + split[1])
         assert len(split[0]) == len(split[1]) == 2
-    epochs = [row[0] for step in range(15) for row in batch(step, 1, 2)[0]]  # 60 windows: 4 epochs of 15
-    firsts = [epochs[i : i + 15] for i in range(0, 60, 15)]
-    assert all(sorted(epoch) == sorted(firsts[0]) for epoch in firsts)
+    whole = PretrainBatches(windows, 15, 15, 0, 1, seed=3)  # a step an epoch
+    firsts = [whole.step(epoch)[0].tokens[:, 0].tolist() for epoch in range(4)]
+    assert all(sorted(epoch) == [*range(3, 103, 10), *range(1000, 1050, 10)] for epoch in firsts)
     assert len({tuple(epoch) for epoch in firsts}) == 4
+    seen = [row[0] for step in range(15) for row in batch(step, 1, 2)[0]]  # 60 windows: the same 4 epochs
+    assert sorted(seen) == sorted(itertools.chain(*firsts))
 
 
 def test_a_process_without_samples_takes_part_but_learns_nothing(csv, vocabulary) -> None:

@@ -1,5 +1,6 @@
 """Settings that every training stage has; a stage adds its own."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -33,6 +34,10 @@ class TrainConfig(StageConfig):
     eval_every: int = 500  # 每多少步在验证集上评估；0 为只在结束时
     save_every: int = 500  # 每多少步保存检查点
     keep_last: int = 2  # 保留最近几个检查点
+
+    def total_steps(self, steps_per_epoch: float) -> int:
+        """How many steps the run has."""
+        return self.max_steps or math.ceil(self.epochs * steps_per_epoch)
 
     def check(self) -> None:
         """Raise UserError for settings that cannot work."""

@@ -5,7 +5,6 @@ import signal
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,22 +13,12 @@ from model import IGNORE, Transformer
 from stage import UserError, swap
 from training import checkpoint
 from training.config import TrainConfig
-from training.loader import MicroBatch
+from training.loader import Batches, ReadAhead
 from training.log import Log, draw
 from training.optimizer import learning_rate, make_optimizer
 from training.runtime import Runtime, no_sync
 
 DIVERGED = "请减小 --lr 或加长 --warmup，再用 --resume 从之前的检查点继续。"
-
-
-class Batches(Protocol):
-    """The data of a run: a pure function of the step, so that a resumed run sees what it would have seen."""
-
-    steps_per_epoch: float
-    signature: dict  # what the order of the data depends on; must not change at a resume
-
-    def step(self, step: int) -> list[MicroBatch]:
-        """This process's micro-batches of a step; at least one."""
 
 
 def train(
@@ -44,9 +33,9 @@ def train(
 
     vocabulary: the tokenizer's file, kept with every checkpoint. evaluate: figures of the stage's validation.
     """
-    total = cfg.max_steps or math.ceil(cfg.epochs * batches.steps_per_epoch)
+    total = cfg.total_steps(batches.steps_per_epoch)
     model.to(runtime.device)
-    run = Run(cfg, runtime, model, vocabulary, batches, total)
+    run = Run(cfg, runtime, model, vocabulary, ReadAhead(batches, runtime.device), total)
     run.begin()
     runtime.print(
         f"{runtime.describe()}；参数 {model.num_params() / 1e6:.2f}M；共 {total} 步，"

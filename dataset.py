@@ -53,14 +53,22 @@ class TokenWindows:
         for file in np.unique(files):
             here = files == file
             rows[here] = overlapping(self.files[file], self.seq_len)[numbers[here]]
-        if rows.size and rows.max() >= self.vocab_size:
-            raise UserError(
-                f"{', '.join(map(str, self.paths))} 里有 id {rows.max()}，超出词表（{self.vocab_size} 个条目）；"
-                "请用生成它的词表（--tokenizer），或重新运行 data_process.py。"
-            )
+        self.check_ids(rows.max(initial=0))
         # Copied by numpy: torch would start threads of its own for it in the thread that reads ahead.
         tokens, targets = np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
         return MicroBatch(torch.from_numpy(tokens), torch.from_numpy(targets), self.number_documents(tokens))
+
+    def places(self, file: int, number: int) -> list[tuple[int, int]]:
+        """First and last + 1 of the tokens of a window in its file, without its last target."""
+        return [(number * self.seq_len, (number + 1) * self.seq_len)]
+
+    def check_ids(self, largest: int) -> None:
+        """Raise UserError for tokens that the vocabulary does not have."""
+        if largest >= self.vocab_size:
+            raise UserError(
+                f"{', '.join(map(str, self.paths))} 里有 id {largest}，超出词表（{self.vocab_size} 个条目）；"
+                "请用生成它的词表（--tokenizer），或重新运行 data_process.py。"
+            )
 
     def number_documents(self, tokens: np.ndarray) -> Tensor | None:
         """The document of each token, (n, seq_len) int32; None if no row has two, so that nothing is masked.
@@ -157,6 +165,7 @@ class PretrainBatches:
             "file_tokens": [len(tokens) for tokens in windows.files],
             "max_seq_len": windows.seq_len,
             "seed": seed,
+            "window_kind": type(windows).__name__,
             "document_mask": windows.eos is not None,
             "phases": [[phase.begin, list(phase.weights)] for phase in phases],
         }
@@ -174,10 +183,11 @@ class PretrainBatches:
     def describe(self, step: int) -> str:
         """Where this process's rows of a step come from: files, and the positions of their tokens there."""
         files, numbers = self.windows.locate(self.drawn(step))
-        starts, texts = numbers * self.windows.seq_len, []
-        for file in np.unique(files):
-            places = (f"{start}–{start + self.windows.seq_len}" for start in starts[files == file])
-            texts.append(f"{self.windows.paths[file].name} 的 token {'、'.join(places)}")
+        texts = []
+        for file in np.unique(files).tolist():
+            places = [self.windows.places(file, number) for number in numbers[files == file].tolist()]
+            rows = ("+".join(f"{start}–{end}" for start, end in row) for row in places)
+            texts.append(f"{self.windows.paths[file].name} 的 token {'、'.join(rows)}")
         return "；".join(texts)
 
     def plan(self, steps: int) -> str:

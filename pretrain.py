@@ -14,6 +14,7 @@ import numpy as np
 
 from chatglm_tokenizer.tokenization_chatglm import CHATGLM2, ChatGLMTokenizer
 from dataset import PretrainBatches, TokenWindows, read_sidecar
+from dataset_fit import FittedWindows, build_indices
 from model import PRESETS, ModelArgs, Transformer
 from stage import DEMO_DIR, DEMO_OUT, ROOT, UserError, need, require, run_stage
 from training import runtime as rt
@@ -30,6 +31,7 @@ class Config(TrainConfig):
     weights: tuple[float, ...] = ()  # 各文件在训练 token 中的份额，如 2 1；默认与文件大小成正比
     anneal_weights: tuple[float, ...] = ()  # 训练末段改用的份额（多用好语料）；默认不变
     anneal_fraction: float | None = None  # 末段占总步数的比例；默认与 decay_fraction 相同
+    windows: Literal["plain", "fit"] = "plain"  # 窗口：首尾相接，或尽量不截断文档（先为每个文件建索引）
     document_mask: bool = False  # 同一窗口里的各篇文档互不可见，位置各自从 0 算起
     valid: Path = ROOT / "data" / "valid_data.bin"  # 验证用的 token 文件
     tokenizer: Path | None = None  # 词表；默认为 token 文件记录的那个，没有记录则为 ChatGLM2
@@ -107,7 +109,7 @@ def main(cfg: Config) -> None:
             need(path, "data_process.py", cfg)
         tokenizer = ChatGLMTokenizer(cfg.tokenizer or recorded_tokenizer(cfg.data[0]))
         args = model_args(cfg, tokenizer)
-        windows = TokenWindows(cfg.data, args.max_seq_len, tokenizer, cfg.document_mask)
+        windows = open_windows(cfg, args.max_seq_len, tokenizer, runtime)
         batch = max(runtime.world, cfg.batch_tokens // args.max_seq_len)
         total = cfg.total_steps(len(windows) / batch)
         batches = PretrainBatches(
@@ -128,6 +130,15 @@ def recorded_tokenizer(data: Path) -> Path:
     """The vocabulary that a token file was made with; ChatGLM2's for a published file, which does not say."""
     recorded = read_sidecar(data).get("tokenizer", {}).get("path")
     return Path(recorded) if recorded else CHATGLM2
+
+
+def open_windows(cfg: Config, seq_len: int, tokenizer: ChatGLMTokenizer, runtime: rt.Runtime) -> TokenWindows:
+    """The windows of the token files; those that cut few documents need an index, which the main process makes."""
+    windows = TokenWindows(cfg.data, seq_len, tokenizer, cfg.document_mask)
+    if cfg.windows == "plain":
+        return windows
+    runtime.main_first(lambda: build_indices(windows, tokenizer.special_tokens["<eos>"]))
+    return FittedWindows(cfg.data, seq_len, tokenizer, cfg.document_mask)
 
 
 def phases(cfg: Config, windows: TokenWindows, total: int) -> list[Phase]:

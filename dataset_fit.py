@@ -6,6 +6,7 @@ it, within blocks of the file, so that memory does not grow with it. The result 
 file (12 bytes a piece and 8 a window), and read through the memory map like the tokens.
 """
 
+import errno
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -122,8 +123,17 @@ def is_current(path: Path, seq_len: int) -> bool:
 def build_indices(windows: TokenWindows, eos: int) -> None:
     """Pack the documents of each file into windows, unless that is done already."""
     for path, tokens in zip(windows.paths, windows.files, strict=True):
-        if not is_current(path, windows.seq_len):
+        if is_current(path, windows.seq_len):
+            continue
+        try:
             build_index(path, tokens, windows.seq_len, eos)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EROFS):
+                raise
+            raise UserError(
+                f"{path.parent} 不可写，放不下 --windows fit 的索引；请在可写的文件夹里建一个指向 {path.name} 的链接，"
+                "用 --data 指定它。"
+            ) from error
 
 
 def build_index(path: Path, tokens: np.ndarray, seq_len: int, eos: int) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from stage import ROOT, StageConfig, require
+from training.trackers import check_installed
 
 
 @dataclass
@@ -34,6 +35,11 @@ class TrainConfig(StageConfig):
     save_every: int = 500  # 每多少步保存检查点
     keep_last: int = 2  # 保留最近几个检查点
 
+    track: tuple[
+        Literal["tensorboard", "wandb", "swanlab"], ...
+    ] = ()  # 另外记录到哪些工具（需先 pip install）
+    sample_every: int = 0  # 每多少步让模型续写几个开头；0 为每次评估时，-1 为从不
+
     def check(self) -> None:
         """Raise UserError for settings that cannot work."""
         for name in ("lr", "epochs"):
@@ -44,6 +50,8 @@ class TrainConfig(StageConfig):
             require(getattr(self, name) >= 0, name, getattr(self, name), "不能小于 0")
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "在 0 与 1 之间")
+        require(self.sample_every >= -1, "sample_every", self.sample_every, "不能小于 -1")
+        check_installed(self.track)
         require(0 < self.decay_fraction <= 1, "decay_fraction", self.decay_fraction, "在 0 与 1 之间")
         require(0 <= self.seed < 2**31, "seed", self.seed, "在 0 与 2147483647 之间")
         require(self.min_lr <= self.lr, "min_lr", self.min_lr, f"应不大于 --lr {self.lr}")

@@ -15,8 +15,9 @@ from stage import UserError, swap
 from training import checkpoint
 from training.config import TrainConfig
 from training.loader import MicroBatch
-from training.log import Log, draw
+from training.log import Log
 from training.optimizer import learning_rate, make_optimizer
+from training.plot import draw_run
 from training.runtime import Runtime, no_sync
 
 DIVERGED = "请减小 --lr 或加长 --warmup，再用 --resume 从之前的检查点继续。"
@@ -39,10 +40,12 @@ def train(
     vocabulary: bytes,
     batches: Batches,
     evaluate: Callable[[Transformer], dict[str, float]],
+    sample: Callable[[Transformer], list[str]] | None = None,
 ) -> None:
     """Train until the last step, saving on the way; SIGTERM or Ctrl-C saves and ends early.
 
     vocabulary: the tokenizer's file, kept with every checkpoint. evaluate: figures of the stage's validation.
+    sample: continuations by the model, a line each, to look at on the way.
     """
     total = cfg.max_steps or math.ceil(cfg.epochs * batches.steps_per_epoch)
     model.to(runtime.device)
@@ -52,7 +55,7 @@ def train(
         f"{runtime.describe()}；参数 {model.num_params() / 1e6:.2f}M；共 {total} 步，"
         f"每遍数据 {batches.steps_per_epoch:.1f} 步；从第 {run.step} 步开始。"
     )
-    log = Log(cfg.out, runtime, run.step, run.tokens, total, model.flops_per_token())
+    log = Log(cfg, runtime, run.step, run.tokens, total, model.flops_per_token())
     stop = StopSignal()
     while run.step < total and not stop.agreed:
         loss, grad_norm, lr = run.train_step(stop)
@@ -64,10 +67,13 @@ def train(
         with log.pause():
             if run.step % cfg.save_every == 0 or run.step == total or stop.agreed:
                 run.save()
-            if run.step == total or (cfg.eval_every and run.step % cfg.eval_every == 0):
+            is_evaluated = run.step == total or (cfg.eval_every and run.step % cfg.eval_every == 0)
+            if sample and (run.step % cfg.sample_every == 0 if cfg.sample_every > 0 else is_evaluated):
+                log.samples(run.step, run.tokens, sample(model))
+            if is_evaluated:
                 log.evaluation(run.step, run.tokens, validate(model, runtime, evaluate))
     if runtime.is_main:
-        draw(cfg.out)
+        draw_run(cfg.out)
     if stop.agreed and run.step < total:
         runtime.print(f"收到停止信号，已保存第 {run.step} 步；用同样的命令加 --resume 继续。")
     else:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 
 from chatglm_tokenizer.tokenization_chatglm import CHATGLM2, ChatGLMTokenizer
 from dataset import PretrainBatches, TokenWindows, open_tokens, read_sidecar
@@ -90,7 +91,9 @@ def main(cfg: Config) -> None:
         batches = PretrainBatches(windows, batch, cfg.micro_batch, runtime.rank, runtime.world, cfg.seed)
         evaluate = make_evaluate(cfg, args, tokenizer, runtime)
         sample = make_sample(cfg, tokenizer, runtime)
-        train(cfg, runtime, Transformer(args), tokenizer.content, batches, evaluate, sample)
+        with torch.device("meta" if cfg.estimate else "cpu"):  # an estimate needs the shape alone
+            model = Transformer(args)
+        train(cfg, runtime, model, tokenizer.content, batches, evaluate, sample)
 
 
 def recorded_tokenizer(data: Path) -> Path:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from stage import ROOT, StageConfig, require
+from training.hardware import parse_hardware
 from training.trackers import check_installed
 
 
@@ -40,6 +41,11 @@ class TrainConfig(StageConfig):
     ] = ()  # 另外记录到哪些工具（需先 pip install）
     sample_every: int = 0  # 每多少步让模型续写几个开头；0 为每次评估时，-1 为从不
 
+    estimate: bool = False  # 只估算要多少内存、时间、电与钱，然后退出
+    hardware: tuple[str, ...] = ()  # 估算哪些显卡，如 "4090 x4"；默认为常见的几种，all 为全部
+    price: float = 0.0  # 每张显卡每小时的价格，用来估算费用；0 为不估算
+    mfu: float = 0.4  # 估算用时所假设的利用率（MFU）；训练时日志里是实测值
+
     def check(self) -> None:
         """Raise UserError for settings that cannot work."""
         for name in ("lr", "epochs"):
@@ -51,6 +57,10 @@ class TrainConfig(StageConfig):
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "在 0 与 1 之间")
         require(self.sample_every >= -1, "sample_every", self.sample_every, "不能小于 -1")
+        require(0 <= self.price < 1e9, "price", self.price, "不能小于 0")
+        require(0 < self.mfu <= 1, "mfu", self.mfu, "在 0 与 1 之间")
+        for hardware in self.hardware:
+            _ = hardware == "all" or parse_hardware(hardware)
         check_installed(self.track)
         require(0 < self.decay_fraction <= 1, "decay_fraction", self.decay_fraction, "在 0 与 1 之间")
         require(0 <= self.seed < 2**31, "seed", self.seed, "在 0 与 2147483647 之间")

@@ -14,6 +14,7 @@ from model import IGNORE, Transformer
 from stage import UserError, swap
 from training import checkpoint
 from training.config import TrainConfig
+from training.estimate import announce
 from training.loader import MicroBatch
 from training.log import Log
 from training.optimizer import learning_rate, make_optimizer
@@ -48,6 +49,9 @@ def train(
     sample: continuations by the model, a line each, to look at on the way.
     """
     total = cfg.max_steps or math.ceil(cfg.epochs * batches.steps_per_epoch)
+    announce(cfg, runtime, model.args, batches, total)
+    if cfg.estimate:
+        return
     model.to(runtime.device)
     run = Run(cfg, runtime, model, vocabulary, batches, total)
     run.begin()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
+from tyro.conf import Positional
 
 from stage import DEMO_OUT, ROOT, StageConfig, UserError, atomic_path, run_stage
 from training.log import read_log
@@ -21,16 +21,15 @@ SMOOTHING = 60  # a smoothed point is the mean of 1/60 of the run
 
 # Fonts with Chinese characters that systems come with, for names of runs; everything else is in English.
 CHINESE_FONTS = ("Noto Sans CJK SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei")
-CHINESE_FONTS += ("Microsoft YaHei", "SimHei", "PingFang SC", "Hiragino Sans GB", "Noto Serif CJK SC")
+CHINESE_FONTS += ("Microsoft YaHei", "SimHei", "PingFang SC", "Hiragino Sans GB")
+CHINESE_FONTS += ("Noto Sans CJK JP", "Noto Serif CJK JP")  # the first of a .ttc with all languages
 
 
 @dataclass
 class Config(StageConfig):
     """画出一次或几次训练的曲线：损失、学习率、梯度范数与速度。"""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]] = (
-        ROOT / "out" / "pretrain",
-    )  # 训练的 out 文件夹，一个或多个
+    runs: Positional[tuple[Path, ...]] = (ROOT / "out" / "pretrain",)  # 训练的 out 文件夹，一个或多个
     out: Path | None = None  # 图保存到哪里；默认：一次训练为它的 loss.png，几次为 out/compare.png
 
     DEMO = dict(runs=(DEMO_OUT / "pretrain",))
@@ -113,7 +112,9 @@ def draw(curves: Sequence[Curves], out: Path) -> None:
             axes[1:], ("learning rate", "gradient norm", "tokens per second"), strict=True
         ):
             axis.set_ylabel(title)
+            axis.margins(x=0.07, y=0.1)
         axes[1].set_ylim(bottom=0)
+        axes[1].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
         use_log_scale(axes[2], curves)
         axes[3].set_ylim(bottom=0)
         axes[3].yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
@@ -138,7 +139,7 @@ def draw_loss(axis: Any, run: Curves, name: str, colour: Any, alone: bool) -> No
         style = {"color": "C1" if alone else colour, "linestyle": "--", "linewidth": 1}
         axis.plot(x, y, marker="o", markersize=3 if len(x) < 100 else 1.5, label=label, **style)
         if len(x):
-            axis.annotate(f"{y[-1]:.3f}", (x[-1], y[-1]), (4, 0), "data", "offset points", fontsize=8)
+            axis.annotate(f"{y[-1]:.3f}", (x[-1], y[-1]), (5, -3), "data", "offset points", fontsize=8)
 
 
 def frame_loss(axis: Any, curves: Sequence[Curves]) -> None:
@@ -167,7 +168,7 @@ def draw_smoothed(
     if not smooth or window < 2:
         axis.plot(*thin(x, y), color=colour, linewidth=1.2, label=label)
         return
-    axis.plot(*thin(x, y, mean=False), color=colour, linewidth=0.5, alpha=0.25)
+    axis.plot(*envelope(x, y), color=colour, linewidth=0.5, alpha=0.25)
     axis.plot(*thin(x, running_mean(y, window)), color=colour, linewidth=1.4, label=label)
 
 
@@ -182,16 +183,20 @@ def running_mean(y: np.ndarray, window: int) -> np.ndarray:
         return (total[high] - total[low]) / (count[high] - count[low])
 
 
-def thin(x: np.ndarray, y: np.ndarray, mean: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """At most about POINTS points of a line: means of neighbours, or every n-th, which keeps the noise as it is."""
-    step = -(-len(y) // POINTS)
-    if step <= 1:
+def thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Every n-th point of a smooth line and its last, so that about POINTS are left."""
+    kept = np.unique(np.append(np.arange(0, len(y), -(-len(y) // POINTS) or 1), len(y) - 1))
+    return x[kept], y[kept]
+
+
+def envelope(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest and highest of every n neighbours of a noisy line, about POINTS in all: no spike is lost."""
+    size = -(-2 * len(y) // POINTS)
+    if size <= 2:
         return x, y
-    if not mean:
-        return x[::step], y[::step]
-    starts = np.arange(0, len(y), step)
-    sizes = np.diff(np.append(starts, len(y)))
-    return np.add.reduceat(x, starts) / sizes, np.add.reduceat(y, starts) / sizes
+    starts = np.arange(0, len(y), size)
+    low, high = np.fmin.reduceat(y, starts), np.fmax.reduceat(y, starts)
+    return np.repeat(x[starts], 2), np.column_stack((low, high)).ravel()
 
 
 def use_log_scale(axis: Any, curves: Sequence[Curves]) -> None:
@@ -199,7 +204,12 @@ def use_log_scale(axis: Any, curves: Sequence[Curves]) -> None:
     values = np.concatenate([run.figures.get("grad_norm", ((), np.empty(0)))[1] for run in curves])
     values = values[np.isfinite(values) & (values > 0)]
     if len(values) and values.max() > 30 * np.median(values):
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
         axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+        axis.yaxis.set_minor_formatter(NullFormatter())
     else:
         axis.set_ylim(bottom=0)
 

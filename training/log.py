@@ -15,13 +15,20 @@ class Log:
         """step, tokens: where the run starts. flops: per token, for the MFU."""
         self.path, self.runtime = out / "log.jsonl", runtime
         self.total_steps, self.flops = total_steps, flops
+        self.rewind(step, tokens)
+
+    def rewind(self, step: int, tokens: int) -> None:
+        """Go on from a step; the records of later ones are dropped."""
         self.last_step, self.last_tokens, self.last_time = step, tokens, time.perf_counter()
-        if runtime.is_main:
-            out.mkdir(parents=True, exist_ok=True)
+        if self.runtime.is_main:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             keep_until(self.path, step)
 
-    def step(self, step: int, tokens: int, loss: float, lr: float, grad_norm: float) -> None:
-        """One line: step, tokens, loss, learning rate, gradient norm, ms, tokens/s, MFU, time left."""
+    def step(self, step: int, tokens: int, loss: float, lr: float, grad_norm: float, **also: object) -> None:
+        """One line: step, tokens, loss, learning rate, gradient norm, ms, tokens/s, MFU, time left.
+
+        also: more for the JSON record.
+        """
         now = time.perf_counter()
         seconds = (now - self.last_time) / max(1, step - self.last_step)
         speed = (tokens - self.last_tokens) / max(now - self.last_time, 1e-9)
@@ -30,7 +37,7 @@ class Log:
         mfu = speed * self.flops / (peak * self.runtime.world) if peak else None
         self.write(
             step=step, tokens=tokens, loss=loss, lr=lr, grad_norm=grad_norm, ms=seconds * 1e3,
-            tokens_per_second=speed, mfu=mfu,
+            tokens_per_second=speed, mfu=mfu, **also,
         )  # fmt: skip
         self.runtime.print(
             f"步 {step}/{self.total_steps} | token {tokens / 1e6:.2f}M | 损失 {loss:.4f} | lr {lr:.2e} | "

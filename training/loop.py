@@ -65,6 +65,7 @@ def train(
                 run.save()
             if run.step == total or (cfg.eval_every and run.step % cfg.eval_every == 0):
                 log.evaluation(run.step, run.tokens, validate(model, runtime, evaluate))
+    run.writer.wait()
     if runtime.is_main:
         draw(cfg.out)
     if stop.agreed and run.step < total:
@@ -92,6 +93,7 @@ class Run:
         self.step = 0  # steps done
         self.tokens = 0  # tokens seen, by all processes, without padding
         self.wrapped: nn.Module = model
+        self.writer = checkpoint.Writer(cfg.out, runtime, cfg.keep_last, cfg.keep_every)
 
     def begin(self) -> None:
         """Restore the newest checkpoint if asked to, and make the model ready for the loop."""
@@ -112,20 +114,18 @@ class Run:
         """
         for folder in reversed(found):
             try:
-                state, weights = checkpoint.read_state(folder), checkpoint.read_weights(folder)
                 args = checkpoint.read_args(folder)
-            except UserError as error:
+                self.check_same(folder, "模型形状", asdict(args), asdict(self.model.args))
+                counters = checkpoint.restore(folder, self.model, self.optimizer)
+            except checkpoint.Damaged as error:
                 aside = folder.with_name(f"damaged_{folder.name}")
                 self.runtime.print(f"跳过检查点（已改名为 {aside.name}）：{error}")
                 self.runtime.main_first(lambda folder=folder, aside=aside: swap(folder, aside))
                 continue
-            self.check_same(folder, "模型形状", asdict(args), asdict(self.model.args))
             for name, value in self.batches.signature.items():
-                self.check_same(folder, name, state["signature"].get(name), value)
-            self.model.load_state_dict(checkpoint.with_tied(weights, args))
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
-            self.step, self.tokens = state["step"], state["tokens"]
+                self.check_same(folder, name, counters["signature"].get(name), value)
+            self.scaler.load_state_dict(counters["scaler"])
+            self.step, self.tokens = counters["step"], counters["tokens"]
             return True
         if found:
             raise UserError(
@@ -175,20 +175,16 @@ class Run:
         return loss, grad_norm, lr
 
     def save(self) -> None:
-        """Write a checkpoint; the other processes wait for the main one."""
+        """Write a checkpoint."""
         if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
             raise UserError(f"第 {self.step} 步的权重不再是有限数，没有保存；{DIVERGED}")
-        state = {
+        counters = {
             "step": self.step,
             "tokens": self.tokens,
             "signature": self.batches.signature,
-            "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
-        cfg, step = self.cfg, self.step
-        self.runtime.main_first(
-            lambda: checkpoint.save(cfg.out, step, self.model, cfg, self.vocabulary, state, cfg.keep_last)
-        )
+        self.writer.save(self.step, self.model, self.optimizer, self.cfg, self.vocabulary, counters)
 
 
 def validate(

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from chatglm_tokenizer.tokenization_chatglm import ChatGLMTokenizer
 from stage import UserError
+from training.loader import MicroBatch
 
 
 class TokenWindows:
@@ -32,7 +32,7 @@ class TokenWindows:
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def read(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+    def read(self, indices: np.ndarray) -> MicroBatch:
         """Tokens and targets of these windows, (n, seq_len) int64 each."""
         rows = np.empty((len(indices), self.seq_len + 1), dtype=np.int64)
         for row, index in zip(rows, indices, strict=True):
@@ -45,7 +45,7 @@ class TokenWindows:
                 "请用生成它的词表（--tokenizer），或重新运行 data_process.py。"
             )
         windows = torch.from_numpy(rows)
-        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+        return MicroBatch(windows[:, :-1].contiguous(), windows[:, 1:].contiguous())
 
 
 def open_tokens(path: Path, tokenizer: ChatGLMTokenizer) -> np.ndarray:
@@ -111,7 +111,7 @@ class PretrainBatches:
             "seed": seed,
         }
 
-    def step(self, step: int) -> list[tuple[Tensor, Tensor]]:
+    def step(self, step: int) -> list[MicroBatch]:
         """This process's micro-batches of a step."""
         n = len(self.windows)
         positions = np.arange(step * self.batch, (step + 1) * self.batch)[self.rank :: self.world]
@@ -119,8 +119,8 @@ class PretrainBatches:
         for epoch in np.unique(positions // n):
             here = positions // n == epoch
             indices[here] = permute(positions[here] % n, n, key=self.seed * 1_000_003 + int(epoch))
-        tokens, targets = self.windows.read(indices)
-        return list(zip(tokens.split(self.micro_batch), targets.split(self.micro_batch), strict=True))
+        cuts = range(0, len(indices), self.micro_batch)
+        return [self.windows.read(indices[i : i + self.micro_batch]) for i in cuts]
 
 
 def permute(positions: np.ndarray, n: int, key: int) -> np.ndarray:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from chatglm_tokenizer.chat import encode_chat
@@ -15,6 +14,7 @@ from chatglm_tokenizer.tokenization_chatglm import ChatGLMTokenizer
 from model import IGNORE
 from sources.aside import SetAside
 from sources.sft_csv import read_sft_csv
+from training.loader import MicroBatch
 
 POOL = 16  # batches whose samples are sorted by length together, so that a batch holds similar lengths
 
@@ -64,7 +64,7 @@ def split_validation(samples: Sequence[Sample], fraction: float) -> tuple[list[S
     return training or validation, validation
 
 
-def collate(samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+def collate(samples: Sequence[Sample]) -> MicroBatch:
     """Tokens and targets of samples padded to the longest, (b, T) int64 each; `IGNORE` off the answers."""
     width = max(len(s.ids) for s in samples) - 1
     tokens = torch.zeros(len(samples), width, dtype=torch.int64)
@@ -74,7 +74,7 @@ def collate(samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
         end = len(ids) - 1
         tokens[row, :end] = ids[:-1]
         targets[row, :end] = torch.where(torch.from_numpy(sample.bears_loss[1:]), ids[1:], IGNORE)
-    return tokens, targets
+    return MicroBatch(tokens, targets)
 
 
 class SftBatches:
@@ -96,7 +96,7 @@ class SftBatches:
         }
         self.epoch, self.order = -1, []
 
-    def step(self, step: int) -> list[tuple[Tensor, Tensor]]:
+    def step(self, step: int) -> list[MicroBatch]:
         """This process's micro-batches of a step."""
         epoch, position = divmod(step, self.steps_per_epoch)
         if epoch != self.epoch:
@@ -104,8 +104,8 @@ class SftBatches:
         batch = self.order[position]
         mine = batch[self.rank :: self.world]
         if not mine:  # a last batch with fewer samples than processes: take part, but learn nothing
-            x, y = collate([self.samples[batch[0]]])
-            return [(torch.zeros_like(x), torch.full_like(y, IGNORE))]
+            tokens, targets, _ = collate([self.samples[batch[0]]])
+            return [MicroBatch(torch.zeros_like(tokens), torch.full_like(targets, IGNORE))]
         parts = [mine[i : i + self.micro_batch] for i in range(0, len(mine), self.micro_batch)]
         return [collate([self.samples[i] for i in part]) for part in parts]
 

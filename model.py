@@ -112,6 +112,18 @@ class KVCache:
         return (visible | (key == query)).unsqueeze(1)
 
 
+def document_positions(documents: Tensor) -> Tensor:
+    """The position of each token within its document, (B, T): how far the document's number goes back."""
+    place = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    is_first = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+    return place - place.where(is_first, 0).cummax(1).values
+
+
+def document_mask(documents: Tensor) -> Tensor:
+    """What each token may attend to, (B, 1, T, T): itself and what precedes it in its own document."""
+    return (documents[:, :, None] == documents[:, None, :]).tril().unsqueeze(1)
+
+
 class Attention(nn.Module):
     def __init__(self, args: ModelArgs, layer: int):
         super().__init__()
@@ -130,7 +142,7 @@ class Attention(nn.Module):
             k, v = cache.update(self.layer, k, v)
         dropout = self.args.dropout if self.training else 0.0
         grouped = self.args.n_kv_heads != self.args.n_heads
-        causal = cache is None
+        causal = mask is None and cache is None
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, enable_gqa=grouped)
         return F.dropout(self.wo(y.transpose(1, 2).flatten(-2)), dropout)  # (B, H, T, D) -> (B, T, C)
 
@@ -193,12 +205,15 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         last_only: bool = False,
         reduction: str = "mean",
+        documents: Tensor | None = None,
     ) -> Tensor:
         """Logits, or the loss when there are targets.
 
         tokens: (B, T) ids. targets: (B, T) ids of the next tokens, `IGNORE` where no loss is borne.
         cache: the tokens before these; advanced by T. last_only: logits of the last position alone.
         reduction: "mean" or "sum" over the targets that bear loss. ValueError if T exceeds max_seq_len.
+        documents: (B, T) numbers of the documents (without a cache): a token sees those of its own number only,
+        and positions restart where the number changes; padding has a number of its own.
         """
         T, start = tokens.shape[1], cache.used if cache else 0
         limit, padding = self.args.max_seq_len, cache.most_padding if cache else 0
@@ -209,6 +224,9 @@ class Transformer(nn.Module):
             positions = torch.arange(start, start + T, device=tokens.device) - cache.pad[:, None]  # (B, T)
             rope = self.rope[positions.clamp(0, limit - 1)]  # (B, T, D/2, 2)
             mask = cache.mask(T)  # (B, 1, T, S)
+        elif documents is not None:
+            rope = self.rope[document_positions(documents)]  # (B, T, D/2, 2)
+            mask = document_mask(documents)  # (B, 1, T, T)
         x = self.dropout(self.tok_embeddings(tokens))  # (B, T, C)
         for layer in self.layers:
             x = layer(x, rope, cache, mask)

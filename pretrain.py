@@ -119,11 +119,12 @@ def make_evaluate(
     def evaluate(model: Transformer) -> dict[str, float]:
         loss = tokens = size = 0.0
         for start in range(0, len(chosen), cfg.micro_batch):
-            x, y = windows.read(chosen[start : start + cfg.micro_batch])
-            loss += float(model(x.to(runtime.device), y.to(runtime.device), reduction="sum"))
-            tokens += y.numel()
+            mb = windows.read(chosen[start : start + cfg.micro_batch])
+            tokens += mb.targets.numel()
             # The first piece of a document carries a space that is not in the text.
-            size += sizes[y.numpy()].sum() - int((x == eos).sum())
+            size += sizes[mb.targets.numpy()].sum() - int((mb.tokens == eos).sum())
+            mb = mb.to(runtime.device)
+            loss += float(model(mb.tokens, mb.targets, reduction="sum", documents=mb.documents))
         loss, tokens, size = runtime.sum(loss, tokens, size)
         return {"val_loss": loss / tokens, "val_bpb": loss / math.log(2) / max(1.0, size)}
 

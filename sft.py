@@ -98,9 +98,10 @@ def make_evaluate(
     def evaluate(model: Transformer) -> dict[str, float]:
         loss = tokens = 0.0
         for start in range(0, len(mine), cfg.micro_batch):
-            x, y = collate(mine[start : start + cfg.micro_batch])
-            loss += float(model(x.to(runtime.device), y.to(runtime.device), reduction="sum"))
-            tokens += int((y != IGNORE).sum())
+            mb = collate(mine[start : start + cfg.micro_batch])
+            tokens += int((mb.targets != IGNORE).sum())
+            mb = mb.to(runtime.device)
+            loss += float(model(mb.tokens, mb.targets, reduction="sum", documents=mb.documents))
         loss, tokens = runtime.sum(loss, tokens)
         return {"val_loss": loss / tokens} if tokens else {}
 

@@ -45,7 +45,7 @@ def two_files(tmp_path, vocabulary) -> tuple[list, ChatGLMTokenizer]:
 def test_windows_cover_every_file_and_never_cross_into_another(two_files) -> None:
     windows = TokenWindows(two_files[0], 10, two_files[1])
     assert len(windows) == 10 + 5
-    x, y = windows.read(np.arange(15))
+    x, y, _ = windows.read(np.arange(15))
     assert (y[:, :-1] == x[:, 1:]).all()
     assert (y == x + 1).all()  # consecutive numbers: no window spans two files
     assert sorted(y.flatten().tolist()) == [*range(4, 104), *range(1001, 1051)]
@@ -56,7 +56,7 @@ def test_processes_share_the_global_batch_whatever_their_number(two_files) -> No
 
     def batch(step: int, world: int, micro: int) -> list[list[list[int]]]:
         ranks = [PretrainBatches(windows, 4, micro, rank, world, seed=3).step(step) for rank in range(world)]
-        return [torch.cat([x for x, _ in parts]).tolist() for parts in ranks]
+        return [torch.cat([mb.tokens for mb in parts]).tolist() for parts in ranks]
 
     for step in range(12):
         alone = batch(step, 1, 4)[0]
@@ -73,7 +73,7 @@ def test_a_process_without_samples_takes_part_but_learns_nothing(csv, vocabulary
     samples = read_samples(csv, ChatGLMTokenizer(vocabulary), 64, SetAside())[:3]
     parts = [SftBatches(samples, 8, 8, rank, 4, seed=0).step(0) for rank in range(4)]
     assert all(len(p) == 1 for p in parts)
-    answers = [int((y != IGNORE).sum()) for p in parts for _, y in p]
+    answers = [int((mb.targets != IGNORE).sum()) for p in parts for mb in p]
     assert answers[3] == 0
     assert sum(answers) == sum(int(s.bears_loss.sum()) for s in samples)
 
@@ -126,7 +126,7 @@ def test_samples_and_set_aside_rows_add_up(csv, vocabulary) -> None:
 
 def test_only_answers_bear_loss(csv, vocabulary) -> None:
     tokenizer = ChatGLMTokenizer(vocabulary)
-    x, y = collate(read_samples(csv, tokenizer, 64, SetAside())[:7])
+    x, y, _ = collate(read_samples(csv, tokenizer, 64, SetAside())[:7])
     for row in range(7):
         ids = x[row].tolist()
         answer = y[row][y[row] != IGNORE].tolist()
@@ -144,7 +144,7 @@ def test_every_sample_once_an_epoch_whatever_the_processes(csv, vocabulary) -> N
         seen = []
         for step in range(ranks[0].steps_per_epoch):
             for rank in ranks:
-                for x, y in rank.step(step):
-                    assert len(x) <= micro
-                    seen += [tuple(t[t != IGNORE].tolist()) for t in y]
+                for mb in rank.step(step):
+                    assert len(mb.tokens) <= micro
+                    seen += [tuple(t[t != IGNORE].tolist()) for t in mb.targets]
         assert sorted(seen) == sorted(tuple(s.ids[s.bears_loss].tolist()) for s in samples)

@@ -14,6 +14,7 @@ from model import IGNORE, Transformer
 from stage import UserError, swap
 from training import checkpoint
 from training.config import TrainConfig
+from training.loader import MicroBatch
 from training.log import Log, draw
 from training.optimizer import learning_rate, make_optimizer
 from training.runtime import Runtime, no_sync
@@ -27,8 +28,8 @@ class Batches(Protocol):
     steps_per_epoch: float
     signature: dict  # what the order of the data depends on; must not change at a resume
 
-    def step(self, step: int) -> list[tuple[Tensor, Tensor]]:
-        """This process's micro-batches of a step: tokens and targets, (b, T) int64 each; at least one."""
+    def step(self, step: int) -> list[MicroBatch]:
+        """This process's micro-batches of a step; at least one."""
 
 
 def train(
@@ -150,17 +151,18 @@ class Run:
             group["lr"] = lr
         micro_batches = self.batches.step(self.step)
         bearing, seen, stopping = self.runtime.sum(
-            sum(int((y != IGNORE).sum()) for _, y in micro_batches),
-            sum(int((x != 0).sum()) for x, _ in micro_batches),
+            sum(int((mb.targets != IGNORE).sum()) for mb in micro_batches),
+            sum(int((mb.tokens != 0).sum()) for mb in micro_batches),
             stop.received,
         )
         loss = torch.zeros((), device=self.runtime.device)
-        for i, (x, y) in enumerate(micro_batches):
-            x, y = x.to(self.runtime.device), y.to(self.runtime.device)
+        for i, mb in enumerate(micro_batches):
+            mb = mb.to(self.runtime.device)
             with no_sync(self.wrapped, last=i == len(micro_batches) - 1):
                 with self.runtime.autocast():
                     # Every token of the global batch weighs the same, however it is cut up.
-                    part = self.wrapped(x, y, reduction="sum") / max(1, bearing)
+                    loss_sum = self.wrapped(mb.tokens, mb.targets, reduction="sum", documents=mb.documents)
+                    part = loss_sum / max(1, bearing)
                 self.scaler.scale(part * self.runtime.world).backward()  # DDP averages over processes
             loss += part.detach()
         self.scaler.unscale_(self.optimizer)

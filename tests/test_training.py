@@ -128,7 +128,7 @@ def test_resume_skips_a_damaged_checkpoint(tokens, unbroken, tmp_path) -> None:
     out = tmp_path / "damaged"
     options = arguments(tokens, out, "--max_steps", 40, "--save_every", 10, "--keep_last", 9)
     script("pretrain.py", *options)
-    for name in ("model.safetensors", "training_state.pt"):
+    for name in ("model.safetensors", "state.json", "optimizer.safetensors"):
         newest = checkpoint.list_steps(out)[-1]
         content = (newest / name).read_bytes()
         (newest / name).write_bytes(content[: len(content) // 2])
@@ -136,7 +136,7 @@ def test_resume_skips_a_damaged_checkpoint(tokens, unbroken, tmp_path) -> None:
         assert losses(out) == losses(unbroken)
         assert (out / f"damaged_{newest.name}").is_dir()
     for folder in checkpoint.list_steps(out):  # none is whole: say so instead of starting from nothing
-        (folder / "training_state.pt").write_bytes(b"")
+        (folder / "state.json").write_bytes(b"")
     assert "都已损坏" in script("pretrain.py", *options, "--resume", ok=False).stderr
 
 

@@ -33,6 +33,7 @@ class TrainConfig(StageConfig):
     eval_every: int = 500  # 每多少步在验证集上评估；0 为只在结束时
     save_every: int = 500  # 每多少步保存检查点
     keep_last: int = 2  # 保留最近几个检查点
+    keep_every: int = 0  # 步数是它倍数的检查点永久保留；0 为不额外保留
     sample_every: int = 0  # 每多少步让模型续写几句；0 为不续写
 
     max_skipped: int = 5  # 损失或梯度不是有限数的步会被跳过；连续这么多步就停止
@@ -47,7 +48,7 @@ class TrainConfig(StageConfig):
             require(0 < getattr(self, name) < 1e9, name, getattr(self, name), "必须大于 0")
         for name in ("micro_batch", "log_every", "save_every", "keep_last", "max_skipped"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "至少为 1")
-        for name in ("warmup", "max_steps", "eval_every", "weight_decay", "clip", "min_lr"):
+        for name in ("warmup", "max_steps", "eval_every", "weight_decay", "clip", "min_lr", "keep_every"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "不能小于 0")
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "在 0 与 1 之间")

@@ -1,12 +1,12 @@
 """What keeps a long run alive: each guard watches one thing that can go wrong, and the loop asks it.
 
-    LateFigures   what a step left behind, read without making the device wait
-    SkippedSteps  losses and gradients that are not finite
-    SpikeWatch    losses far above those of the last steps
-    StopSignal    SIGTERM, SIGUSR1 and Ctrl-C
-    Watchdog      steps that never end
-    quiet_garbage the garbage collector's pauses
-    explain_memory  memory that does not suffice
+LateFigures   what a step left behind, read without making the device wait
+SkippedSteps  losses and gradients that are not finite
+SpikeWatch    losses far above those of the last steps
+StopSignal    SIGTERM, SIGUSR1 and Ctrl-C
+Watchdog      steps that never end
+quiet_garbage the garbage collector's pauses
+explain_memory  memory that does not suffice
 """
 
 import faulthandler
@@ -67,7 +67,9 @@ class LateFigures:
         self.lag = lag
         self.waiting: deque[tuple] = deque()
 
-    def put(self, step: int, lr: float, counts: Tensor, losses: Tensor, norm: Tensor, skipped: Tensor) -> None:
+    def put(
+        self, step: int, lr: float, counts: Tensor, losses: Tensor, norm: Tensor, skipped: Tensor
+    ) -> None:
         """counts: (3,) int64 tokens, fingerprint, processes asked to stop. losses: (world,). The rest: scalars."""
         values = torch.cat((norm.reshape(1), skipped.reshape(1), losses)).float()
         copies, event = [to_host(counts), to_host(values)], None
@@ -106,7 +108,9 @@ def tally(micro_batches: Sequence[MicroBatch]) -> Tensor:
     counts = torch.zeros(3, dtype=torch.int64, device=micro_batches[0].tokens.device)
     for mb in micro_batches:
         places = torch.arange(1, mb.tokens.shape[1] + 1, device=counts.device)
-        rows = (mb.tokens * (places * places * 0x9E3779B1 + places)).sum(1)  # (b,); a zero, padding, adds nothing
+        rows = (mb.tokens * (places * places * 0x9E3779B1 + places)).sum(
+            1
+        )  # (b,); a zero, padding, adds nothing
         rows = (rows ^ (rows >> 29)) * 0x2545F4914F6CDD1D
         counts += torch.stack(((mb.targets != IGNORE).sum(), (mb.tokens != 0).sum(), rows.sum()))
     return counts

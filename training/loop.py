@@ -202,7 +202,9 @@ class Run:
         return self.review(everything=True) if self.stopping and self.late.waiting else True
 
     def log_step(self, figures: Figures) -> None:
-        data = f"{self.fingerprint:016x}"  # the same in two runs: they have seen the same data in the same order
+        data = (
+            f"{self.fingerprint:016x}"  # the same in two runs: they have seen the same data in the same order
+        )
         self.log.step(figures.step, self.tokens, figures.loss, figures.lr, figures.grad_norm, data=data)
 
     def report_skipped(self, figures: Figures) -> None:
@@ -247,7 +249,9 @@ class Run:
         self.runtime.main_first(lambda: [remove(f) for f in found if step_of(f) > self.step])
         self.log.rewind(self.step, self.tokens)
         self.log.write(step=self.step, rolled_back_from=reached, avoided=[start, end])
-        self.runtime.print(f"从第 {reached} 步退回第 {self.step} 步；第 {start + 1} 到 {end} 步的数据不再使用。")
+        self.runtime.print(
+            f"从第 {reached} 步退回第 {self.step} 步；第 {start + 1} 到 {end} 步的数据不再使用。"
+        )
         return True
 
     def without_gradients(self, function: Callable[[Transformer], Any]) -> Any:

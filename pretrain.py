@@ -63,6 +63,7 @@ class Config(TrainConfig):
         epochs=1,
         eval_every=100,
         save_every=100,
+        sample_every=100,
         eval_tokens=30_000,
     )
     INPUT = "data"
@@ -145,7 +146,7 @@ def make_sample(
     cfg: Config, tokenizer: ChatGLMTokenizer, runtime: rt.Runtime
 ) -> Callable[[Transformer], list[str]] | None:
     """A function that greedily continues the beginnings of a few documents of cfg.valid; None: not wanted."""
-    prompts = first_tokens(cfg.valid, tokenizer) if cfg.sample_every >= 0 and cfg.valid.exists() else []
+    prompts = first_tokens(cfg.valid, tokenizer) if cfg.sample_every and cfg.valid.exists() else []
     if not prompts:
         return None
     stop = [tokenizer.special_tokens["<eos>"]]
@@ -156,8 +157,7 @@ def make_sample(
         if hasattr(model.norm.weight, "full_tensor"):  # a DTensor: no process has a whole layer
             runtime.print("权重分片时不做续写；训练后可用 python eval_pretrain.py 看。")
             return []
-        with runtime.autocast():
-            news = model.generate(prompts, SAMPLE_TOKENS, temperature=0, stop_ids=stop)
+        news = model.generate(prompts, SAMPLE_TOKENS, temperature=0, stop_ids=stop)
         texts = zip(map(tokenizer.decode, prompts), map(tokenizer.decode, news), strict=True)
         return [" ".join(f"【{prompt}】{new}".split()) for prompt, new in texts]
 

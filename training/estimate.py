@@ -11,6 +11,7 @@
 Shapes as in model.py: L layers, C width, T tokens, V vocabulary, F feed-forward width, K key/value width.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -132,8 +133,9 @@ def largest_micro_batch(plan: Plan, available: float, recompute: bool = False) -
     return fits
 
 
-def make_plan(cfg: TrainConfig, runtime: Runtime, args: ModelArgs, batches: "Batches", steps: int) -> Plan:
+def make_plan(cfg: TrainConfig, runtime: Runtime, args: ModelArgs, batches: "Batches") -> Plan:
     """The work of a run, from a look at some steps of its data."""
+    steps = cfg.max_steps or math.ceil(cfg.epochs * batches.steps_per_epoch)
     span = max(1, min(steps, int(batches.steps_per_epoch)))
     seen = [batches.step(int(step)) for step in np.linspace(0, span - 1, min(PROBES, span))]
     lengths = {mb.tokens.shape[1] for step in seen for mb in step}
@@ -149,11 +151,11 @@ def make_plan(cfg: TrainConfig, runtime: Runtime, args: ModelArgs, batches: "Bat
     )
 
 
-def announce(cfg: TrainConfig, runtime: Runtime, args: ModelArgs, batches: "Batches", steps: int) -> None:
+def announce(cfg: TrainConfig, runtime: Runtime, args: ModelArgs, batches: "Batches") -> None:
     """Print what the run needs; with --estimate also its speed here, and what it would take on other hardware."""
     if not runtime.is_main:
         return
-    plan = make_plan(cfg, runtime, args, batches, steps)
+    plan = make_plan(cfg, runtime, args, batches)
     for line in describe(plan, device_memory(runtime.device), runtime.device.type):
         print(line, flush=True)
     if peak := runtime.peak_flops():

@@ -23,18 +23,22 @@ class Log:
         self.path, self.runtime = cfg.out / "log.jsonl", runtime
         self.total_steps, self.flops = total_steps, flops
         self.peak = runtime.peak_flops()
+        self.rewind(step, tokens)
+        self.trackers = Trackers(cfg, step) if runtime.is_main else None
+
+    def rewind(self, step: int, tokens: int) -> None:
+        """Go on from a step; the records of later ones are dropped."""
         self.last_step, self.last_tokens, self.last_time = step, tokens, time.perf_counter()
         self.reference: tuple[int, float] | None = None  # step and time of the first line, for the time left
-        self.trackers: Trackers | None = None
-        if runtime.is_main:
-            cfg.out.mkdir(parents=True, exist_ok=True)
+        if self.runtime.is_main:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             keep_until(self.path, step)
-            self.trackers = Trackers(cfg, step)
 
-    def step(self, step: int, tokens: int, loss: float, lr: float, grad_norm: float) -> None:
+    def step(self, step: int, tokens: int, loss: float, lr: float, grad_norm: float, **also: object) -> None:
         """One line: step, tokens, loss, learning rate, gradient norm, ms, tokens/s, MFU, memory, time left.
 
         The speed is that of the steps since the last line; the time left counts evaluations and checkpoints too.
+        also: more for the JSON record.
         """
         now = time.perf_counter()
         seconds = (now - self.last_time) / max(1, step - self.last_step)
@@ -44,7 +48,7 @@ class Log:
         memory = peak_memory(self.runtime.device)
         self.write(
             step=step, tokens=tokens, loss=loss, lr=lr, grad_norm=grad_norm, ms=seconds * 1e3,
-            tokens_per_second=speed, mfu=mfu, **memory,
+            tokens_per_second=speed, mfu=mfu, **memory, **also,
         )  # fmt: skip
         self.runtime.print(
             f"步 {step}/{self.total_steps} | token {tokens / 1e6:.2f}M | 损失 {loss:.4f} | lr {lr:.2e} | "

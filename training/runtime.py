@@ -48,6 +48,12 @@ class Runtime:
             dist.all_reduce(total)
         return total.tolist()
 
+    def all_sum(self, x: Tensor) -> Tensor:
+        """Sum a tensor over all processes, in place and on the device; the host does not wait."""
+        if self.world > 1:
+            dist.all_reduce(x)
+        return x
+
     def main_first(self, function: Callable[[], object]) -> None:
         """Run something in the main process while the others wait; its error ends them all."""
         error = None

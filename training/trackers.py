@@ -137,7 +137,7 @@ class Trackers:
         for name, tracker in list(self.active.items()):
             if "samples" in record:
                 self.attempt(name, lambda t=tracker: t.text(record["step"], record["samples"]))
-            else:
+            elif figures:
                 self.attempt(name, lambda t=tracker: t.figures(record["step"], figures))
 
     def close(self) -> None:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 
 from chatglm_tokenizer.tokenization_chatglm import CHATGLM2, ChatGLMTokenizer
-from dataset import PretrainBatches, TokenWindows, read_sidecar
+from dataset import PretrainBatches, TokenWindows, open_tokens, read_sidecar
 from dataset_fit import FittedWindows, build_indices
 from model import PRESETS, ModelArgs, Transformer
 from stage import DEMO_DIR, DEMO_OUT, ROOT, UserError, need, require, run_stage
@@ -21,6 +22,12 @@ from training import runtime as rt
 from training.config import TrainConfig
 from training.loop import train
 from training.mixture import Phase, whole_weights
+
+SAMPLES, PROMPT_TOKENS, SAMPLE_TOKENS = (
+    3,
+    12,
+    40,
+)  # documents continued on the way: how many, from how much, by
 
 
 @dataclass
@@ -63,6 +70,7 @@ class Config(TrainConfig):
         epochs=1,
         eval_every=100,
         save_every=100,
+        sample_every=100,
         eval_tokens=30_000,
     )
     INPUT = "data"
@@ -123,7 +131,10 @@ def main(cfg: Config) -> None:
         )
         runtime.print(batches.plan(total))
         evaluate = make_evaluate(cfg, args, tokenizer, runtime)
-        train(cfg, runtime, Transformer(args), tokenizer.content, batches, evaluate)
+        sample = make_sample(cfg, tokenizer, runtime)
+        with torch.device("meta" if cfg.estimate else "cpu"):  # an estimate needs the shape alone
+            model = Transformer(args)
+        train(cfg, runtime, model, tokenizer.content, batches, evaluate, sample)
 
 
 def recorded_tokenizer(data: Path) -> Path:
@@ -190,6 +201,39 @@ def make_evaluate(
         return {"val_loss": loss / tokens, "val_bpb": loss / math.log(2) / max(1.0, size)}
 
     return evaluate
+
+
+def make_sample(
+    cfg: Config, tokenizer: ChatGLMTokenizer, runtime: rt.Runtime
+) -> Callable[[Transformer], list[str]] | None:
+    """A function that greedily continues the beginnings of a few documents of cfg.valid; None: not wanted."""
+    prompts = first_tokens(cfg.valid, tokenizer) if cfg.sample_every and cfg.valid.exists() else []
+    if not prompts:
+        return None
+    stop = [tokenizer.special_tokens["<eos>"]]
+
+    def sample(model: Transformer) -> list[str]:
+        if not runtime.is_main:
+            return []
+        if hasattr(model.norm.weight, "full_tensor"):  # a DTensor: no process has a whole layer
+            runtime.print("权重分片时不做续写；训练后可用 python eval_pretrain.py 看。")
+            return []
+        news = model.generate(prompts, SAMPLE_TOKENS, temperature=0, stop_ids=stop)
+        texts = zip(map(tokenizer.decode, prompts), map(tokenizer.decode, news), strict=True)
+        return [" ".join(f"【{prompt}】{new}".split()) for prompt, new in texts]
+
+    return sample
+
+
+def first_tokens(path: Path, tokenizer: ChatGLMTokenizer) -> list[list[int]]:
+    """The first PROMPT_TOKENS tokens of SAMPLES documents, spread over the beginning of a token file."""
+    if path.stat().st_size < 1000:
+        return []
+    tokens = np.asarray(open_tokens(path, tokenizer)[:1_000_000])
+    starts = np.flatnonzero(tokens == tokenizer.special_tokens["<eos>"]) + 1
+    starts = starts[np.diff(starts, append=len(tokens)) > 2 * PROMPT_TOKENS]  # not the short documents
+    chosen = starts[np.linspace(0, len(starts) - 1, min(SAMPLES, len(starts))).astype(int)]
+    return [tokens[start : start + PROMPT_TOKENS].tolist() for start in chosen]
 
 
 if __name__ == "__main__":

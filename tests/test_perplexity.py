@@ -17,6 +17,7 @@ from data_clean.perplexity import HIGH, LOW, batches, bits_per_byte, outside
 from model import ModelArgs, Transformer
 from stage import ROOT, StageConfig, UserError
 from training import checkpoint
+from training.runtime import Runtime
 
 TEXTS = [
     "床前明月光，疑是地上霜。",
@@ -41,7 +42,9 @@ def tiny(vocabulary, tmp_path_factory):
             if parameter.dim() == 2:
                 parameter.mul_(10)
     out = tmp_path_factory.mktemp("tiny")
-    checkpoint.save(out, 1, model, StageConfig(), vocabulary.read_bytes(), {}, keep=1)
+    writer = checkpoint.Writer(out, Runtime(torch.device("cpu"), torch.float32), keep_last=1)
+    writer.save(1, model, None, StageConfig(), vocabulary.read_bytes(), {})
+    writer.wait()
     return out
 
 

@@ -6,6 +6,10 @@ from pathlib import Path
 from typing import Literal
 
 from stage import ROOT, StageConfig, require
+from training.hardware import parse_hardware
+from training.trackers import check_installed
+
+TrackerName = Literal["tensorboard", "wandb", "swanlab"]
 
 
 @dataclass
@@ -34,6 +38,21 @@ class TrainConfig(StageConfig):
     eval_every: int = 500  # 每多少步在验证集上评估；0 为只在结束时
     save_every: int = 500  # 每多少步保存检查点
     keep_last: int = 2  # 保留最近几个检查点
+    keep_every: int = 0  # 步数是它倍数的检查点永久保留；0 为不额外保留
+    sample_every: int = 500  # 每多少步让模型续写几个开头；0 为从不
+
+    max_skipped: int = 5  # 损失或梯度不是有限数的步会被跳过；连续这么多步就停止
+    spike: float = 8.0  # 损失比最近的中位数高出多少个标准差算作尖峰；0 为不检测
+    spike_window: int = 128  # 与最近多少步的损失比较
+    on_spike: Literal["warn", "rollback"] = "warn"  # 遇到持续的尖峰：只警告，或退回之前的检查点并跳过那些数据
+    hang_timeout: float = 30.0  # 多少分钟没有完成一步就结束进程（torchrun 会重启它）；0 为不检查
+
+    track: tuple[TrackerName, ...] = ()  # 除 log.jsonl 外还记录到哪些工具（需先 pip install 它）
+
+    estimate: bool = False  # 只估算要多少内存、时间、电与钱，然后退出
+    hardware: tuple[str, ...] = ()  # 估算哪些显卡，如 "4090 x4"；默认为常见的几种，all 为全部
+    price: float = 0.0  # 每张显卡每小时的价格，用来估算费用；0 为不估算
+    mfu: float = 0.4  # 估算用时所假设的利用率（MFU）；训练时日志里是实测值
 
     def total_steps(self, steps_per_epoch: float) -> int:
         """How many steps the run has."""
@@ -43,12 +62,19 @@ class TrainConfig(StageConfig):
         """Raise UserError for settings that cannot work."""
         for name in ("lr", "epochs"):
             require(0 < getattr(self, name) < 1e9, name, getattr(self, name), "必须大于 0")
-        for name in ("micro_batch", "log_every", "save_every", "keep_last"):
+        for name in ("micro_batch", "log_every", "save_every", "keep_last", "max_skipped"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "至少为 1")
-        for name in ("warmup", "max_steps", "eval_every", "weight_decay", "clip", "min_lr"):
+        for name in ("warmup", "max_steps", "eval_every", "weight_decay", "clip", "min_lr", "keep_every"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "不能小于 0")
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "在 0 与 1 之间")
+        for name in ("sample_every", "spike", "hang_timeout", "price"):
+            require(0 <= getattr(self, name) < 1e9, name, getattr(self, name), "不能小于 0")
+        require(0 < self.mfu <= 1, "mfu", self.mfu, "在 0 与 1 之间")
+        for hardware in self.hardware:
+            _ = hardware == "all" or parse_hardware(hardware)
+        check_installed(self.track)
+        require(self.spike_window >= 8, "spike_window", self.spike_window, "至少为 8")
         require(0 < self.decay_fraction <= 1, "decay_fraction", self.decay_fraction, "在 0 与 1 之间")
         require(0 <= self.seed < 2**31, "seed", self.seed, "在 0 与 2147483647 之间")
         require(self.min_lr <= self.lr, "min_lr", self.min_lr, f"应不大于 --lr {self.lr}")

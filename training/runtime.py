@@ -15,18 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from stage import UserError
-
-# Dense bf16 (fp32 accumulate) peak of GPUs in TFLOP/s, from NVIDIA's data sheets; the key is part of the
-# device's name, the first that fits counts.
-PEAK_TFLOPS = {
-    "H200": 989.0,
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.0,
-    "A100": 312.0,
-    "RTX 4090": 165.2,
-    "RTX 3090": 71.0,
-}
+from training import hardware
 
 
 @dataclass
@@ -59,6 +48,12 @@ class Runtime:
             dist.all_reduce(total)
         return total.tolist()
 
+    def all_sum(self, x: Tensor) -> Tensor:
+        """Sum a tensor over all processes, in place and on the device; the host does not wait."""
+        if self.world > 1:
+            dist.all_reduce(x)
+        return x
+
     def main_first(self, function: Callable[[], object]) -> None:
         """Run something in the main process while the others wait; its error ends them all."""
         error = None
@@ -84,11 +79,8 @@ class Runtime:
         return wrapped
 
     def peak_flops(self) -> float | None:
-        """Peak FLOP/s of this device in bf16; None where it is not known."""
-        if self.device.type != "cuda" or self.dtype == torch.float32:
-            return None
-        name = torch.cuda.get_device_name(self.device)
-        return next((peak * 1e12 for key, peak in PEAK_TFLOPS.items() if key in name), None)
+        """Peak FLOP/s of this device in the precision in use; None where it is not known."""
+        return hardware.device_peak_flops(self.device, self.dtype)
 
     def describe(self) -> str:
         if self.device.type == "cuda":

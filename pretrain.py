@@ -21,11 +21,7 @@ from training import runtime as rt
 from training.config import TrainConfig
 from training.loop import train
 
-SAMPLES, PROMPT_TOKENS, SAMPLE_TOKENS = (
-    3,
-    12,
-    40,
-)  # documents continued on the way: how many, from how much, by
+SAMPLES, PROMPT_TOKENS, SAMPLE_TOKENS = 3, 12, 40  # documents that are continued, from how much, by how much
 
 
 @dataclass

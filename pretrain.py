@@ -23,11 +23,7 @@ from training.config import TrainConfig
 from training.loop import train
 from training.mixture import Phase, whole_weights
 
-SAMPLES, PROMPT_TOKENS, SAMPLE_TOKENS = (
-    3,
-    12,
-    40,
-)  # documents continued on the way: how many, from how much, by
+SAMPLES, PROMPT_TOKENS, SAMPLE_TOKENS = 3, 12, 40  # documents that are continued, from how much, by how much
 
 
 @dataclass

@@ -13,7 +13,7 @@ Shapes as in model.py: L layers, C width, T tokens, V vocabulary, F feed-forward
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,6 +34,7 @@ PROCESS = (
     0.35e9  # of a training process on a CPU besides its tensors: Python, torch, buffers of matrix products
 )
 PROBES = 8  # steps of the data that are looked at
+PROBE_FLOPS = 1e12  # of a pass when the speed is measured: a few seconds on a slow CPU
 # Bytes per logit of a chunk: logits, their log-softmax, and what the chunk before left.
 HEAD_CHUNK_BYTES = {torch.float32: 12, torch.bfloat16: 14, torch.float16: 14}
 
@@ -107,13 +108,12 @@ def memory(plan: Plan, recompute: bool = False) -> Memory:
     state = 4 * parameters / plan.shards
     optimizer = (8 * parameters - (4 * matrices if plan.muon else 0)) / plan.shards
     layer = tokens * layer_bytes(args, plan.dtype)
-    activations = args.n_layers * (tokens * 4 * args.dim if recompute else layer) + (
-        layer if recompute else 0
-    )
+    inputs = tokens * 4 * args.dim  # what recomputation keeps of a layer
+    activations = args.n_layers * inputs + layer if recompute else args.n_layers * layer
     if plan.dtype != torch.float32:
         activations += 2 * parameters  # the copies of the weights that autocast keeps
     output = 4 * args.vocab_size * args.dim
-    around = tokens * 4 * args.dim * 4  # the last norm, its result and the gradient of that
+    around = 4 * inputs  # the last norm, its result and the gradient of that
     chunk = max(512, 2**22 // args.vocab_size) * args.vocab_size * HEAD_CHUNK_BYTES[plan.dtype]
     head = around + output + max(output, chunk)
     forward = activations + head + (state if plan.accumulates else 0)
@@ -126,8 +126,7 @@ def largest_micro_batch(plan: Plan, available: float, recompute: bool = False) -
     fits = 0
     for bit in reversed(range(14)):
         tried = fits + 2**bit
-        rows = Plan(**{**vars(plan), "rows": tried, "accumulates": True})
-        if memory(rows, recompute).peak <= available:
+        if memory(replace(plan, rows=tried, accumulates=True), recompute).peak <= available:
             fits = tried
     return fits
 
@@ -160,7 +159,7 @@ def announce(cfg: TrainConfig, runtime: Runtime, args: ModelArgs, batches: "Batc
     if peak := runtime.peak_flops():
         speed = runtime.world * peak * cfg.mfu / flops_per_token(args, plan.length)
         print(f"  这里：{takes(plan, speed)}（按 MFU {cfg.mfu:.0%} 算）", flush=True)
-    elif cfg.estimate:
+    elif cfg.estimate and memory(replace(plan, rows=1)).peak < (device_memory(runtime.device) or math.inf):
         speed = runtime.world * measure(plan, runtime)
         print(f"  这里：{takes(plan, speed)}（试跑几次前向与反向测得）", flush=True)
     else:
@@ -205,7 +204,7 @@ def compare(plan: Plan, hardware: Sequence[str], mfu: float, price: float) -> st
         chosen = [(gpu, 1) for gpu in GPUS]
     else:
         chosen = [parse_hardware(text) for text in hardware or HARDWARE]
-    plan = Plan(**{**vars(plan), "dtype": torch.bfloat16})
+    plan = replace(plan, dtype=torch.bfloat16)
     rows = [hardware_row(plan, gpu, count, mfu, price) for gpu, count in chosen]
     header = ("硬件", "token/s", "用时", "电 kWh", "费用", "micro_batch 上限", "重算时")
     cost = f"费用 = {price:g} × 卡数 × 小时" if price else "费用：用 --price 给出每张卡每小时的价格"
@@ -234,7 +233,9 @@ def hardware_row(plan: Plan, gpu: Gpu, count: int, mfu: float, price: float) -> 
 def measure(plan: Plan, runtime: Runtime, seconds: float = 3.0) -> float:
     """Tokens per second of forward and backward passes on this device, in one process, from a few tries."""
     model = Transformer(plan.args).to(runtime.device).train()
-    tokens = torch.randint(plan.args.vocab_size, (min(plan.rows, 2), plan.length), device=runtime.device)
+    length = min(plan.length, max(64, int(PROBE_FLOPS / flops_per_token(plan.args, plan.length))))
+    rows = max(1, min(plan.rows, 1024 // length))
+    tokens = torch.randint(plan.args.vocab_size, (rows, length), device=runtime.device)
     times: list[float] = []
     while len(times) < 2 or (sum(times) < seconds and len(times) < 20):
         begin = time.perf_counter()

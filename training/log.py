@@ -23,8 +23,8 @@ class Log:
         self.path, self.runtime = cfg.out / "log.jsonl", runtime
         self.total_steps, self.flops = total_steps, flops
         self.peak = runtime.peak_flops()
-        self.rewind(step, tokens)
         self.trackers = Trackers(cfg, step) if runtime.is_main else None
+        self.rewind(step, tokens)  # last, because it starts the clock
 
     def rewind(self, step: int, tokens: int) -> None:
         """Go on from a step; the records of later ones are dropped."""

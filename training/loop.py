@@ -52,11 +52,12 @@ def train(
         run.begin()
         while run.step < run.total and not run.stopping:
             run.train_step()
-            if run.review(everything=run.is_due(cfg.save_every) or run.is_due(cfg.eval_every)):
+            saving, evaluating = run.is_due(cfg.save_every) or run.owes_save, run.is_due(cfg.eval_every)
+            if run.review(everything=saving or evaluating):
                 with run.log.pause():
-                    if run.is_due(cfg.save_every) or run.stopping:
-                        run.save()  # before the evaluation: it may fail too
-                    if run.is_due(cfg.eval_every) and not run.stopping:
+                    if saving or run.stopping:
+                        run.save()  # before the evaluation, which may fail too
+                    if evaluating and not run.stopping:
                         run.log.evaluation(run.step, run.tokens, run.without_gradients(evaluate))
                     if sample and cfg.sample_every and run.is_due(cfg.sample_every):
                         run.log.samples(run.step, run.tokens, run.without_gradients(sample))
@@ -87,6 +88,7 @@ class Run:
         self.spikes = SpikeWatch(cfg.spike_window, cfg.spike)
         self.late = LateFigures(lag=1 if runtime.device.type == "cuda" else 0)
         self.stop = StopSignal()
+        self.owes_save = False  # a checkpoint was put off because the run was in doubt
         self.stopping = False  # some process has received a signal, and all know
 
     def begin(self) -> None:
@@ -259,9 +261,10 @@ class Run:
     def save(self) -> None:
         """Write a checkpoint. If that fails the run goes on and tries again next time; the last one must succeed."""
         is_last = self.step == self.total or self.stopping
-        if self.skipped.in_a_row and self.step < self.total:
-            self.runtime.print("刚刚跳过了不正常的步，权重可能已经有问题：这次不保存，以免挤掉好的检查点。")
-            return
+        in_spike = self.cfg.on_spike == "rollback" and 0 < self.spikes.lasted < guards.SPIKE_STEPS
+        self.owes_save = (self.skipped.in_a_row > 0 or in_spike) and self.step < self.total
+        if self.owes_save:
+            return  # the weights may be spoilt already; what they would displace is not
         broken = sum(not bool(p.isfinite().all()) for p in self.model.parameters())
         if self.runtime.sum(broken)[0]:
             raise UserError(f"第 {self.step} 步的权重不再是有限数，没有保存；{guards.ADVICE}")

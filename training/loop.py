@@ -17,7 +17,8 @@ from training.config import TrainConfig
 from training.loader import MicroBatch
 from training.log import Log, draw
 from training.optimizer import learning_rate, make_optimizer
-from training.runtime import Runtime, no_sync
+from training.runtime import Runtime, clip_gradients, no_sync, whole
+from training.state import piece_of
 
 DIVERGED = "请减小 --lr 或加长 --warmup，再用 --resume 从之前的检查点继续。"
 
@@ -45,7 +46,7 @@ def train(
     vocabulary: the tokenizer's file, kept with every checkpoint. evaluate: figures of the stage's validation.
     """
     total = cfg.max_steps or math.ceil(cfg.epochs * batches.steps_per_epoch)
-    model.to(runtime.device)
+    runtime.place(model, cfg.shard)
     run = Run(cfg, runtime, model, vocabulary, batches, total)
     run.begin()
     runtime.print(
@@ -149,7 +150,7 @@ class Run:
         lr = learning_rate(self.step, self.total, self.cfg)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        micro_batches = self.batches.step(self.step)
+        micro_batches = self.runtime.even(self.batches.step(self.step))
         bearing, seen, stopping = self.runtime.sum(
             sum(int((mb.targets != IGNORE).sum()) for mb in micro_batches),
             sum(int((mb.tokens != 0).sum()) for mb in micro_batches),
@@ -166,8 +167,7 @@ class Run:
                 self.scaler.scale(part * self.runtime.world).backward()  # DDP averages over processes
             loss += part.detach()
         self.scaler.unscale_(self.optimizer)
-        limit = self.cfg.clip or math.inf
-        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        grad_norm = clip_gradients(self.model, self.cfg.clip or math.inf)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -178,7 +178,8 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint."""
-        if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+        is_finite = all(bool(piece_of(p).rows.isfinite().all()) for p in self.model.parameters())
+        if self.runtime.sum(not is_finite)[0]:
             raise UserError(f"第 {self.step} 步的权重不再是有限数，没有保存；{DIVERGED}")
         counters = {
             "step": self.step,
@@ -194,7 +195,7 @@ def validate(
 ) -> dict[str, float]:
     """Run the stage's evaluation without gradients, then go on training."""
     model.eval()
-    with torch.inference_mode(), runtime.autocast():
+    with torch.no_grad(), runtime.autocast(), whole(model):
         metrics = evaluate(model)
     model.train()
     return metrics

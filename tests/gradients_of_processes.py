@@ -19,7 +19,9 @@ def problem(rows: int, is_tied: bool) -> tuple[Transformer, MicroBatch]:
     """A small model and a global batch whose targets are partly masked."""
     generator = torch.Generator().manual_seed(5)
     torch.manual_seed(4)
-    args = ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=101, max_seq_len=24, tie_embeddings=is_tied)
+    args = ModelArgs(
+        dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=101, max_seq_len=24, tie_embeddings=is_tied
+    )
     model = Transformer(args)
     tokens = torch.randint(0, 101, (rows, 24), generator=generator)
     targets = torch.randint(0, 101, (rows, 24), generator=generator)
@@ -27,26 +29,33 @@ def problem(rows: int, is_tied: bool) -> tuple[Transformer, MicroBatch]:
     return model, MicroBatch(tokens, targets)
 
 
+def gradients(
+    runtime: rt.Runtime, shard: bool, micro_batch: int, rows: int, is_tied: bool
+) -> dict[str, torch.Tensor]:
+    """The clipped gradients, whole, and their norm before."""
+    model, batch = problem(rows, is_tied)
+    runtime.place(model, shard)
+    wrapped = runtime.wrap(model, compile_it=False)
+    mine = MicroBatch(*(t[runtime.rank :: runtime.world] for t in batch[:2]))
+    cuts = zip(mine.tokens.split(micro_batch), mine.targets.split(micro_batch), strict=True)
+    micro_batches = runtime.even([MicroBatch(*cut) for cut in cuts])
+    bearing = runtime.sum_on_device((mine.targets != IGNORE).sum())
+    for i, mb in enumerate(micro_batches):
+        with rt.no_sync(wrapped, last=i == len(micro_batches) - 1):
+            loss = wrapped(mb.tokens, mb.targets, reduction="sum") / bearing
+            (loss * runtime.world).backward()
+    found = {"norm": rt.clip_gradients(model, 0.5)}
+    for name, parameter in model.named_parameters():
+        grad = parameter.grad
+        found[name] = grad.full_tensor() if isinstance(grad, DTensor) else grad
+    return {name: value.contiguous() for name, value in found.items()}
+
+
 def main(out: Path, shard: bool, micro_batch: int, rows: int, is_tied: bool) -> None:
     with rt.start("cpu", "fp32") as runtime:
-        model, batch = problem(rows, is_tied)
-        runtime.place(model, shard)
-        wrapped = runtime.wrap(model, compile_it=False)
-        mine = MicroBatch(*(t[runtime.rank :: runtime.world] for t in batch[:2]))
-        cuts = zip(mine.tokens.split(micro_batch), mine.targets.split(micro_batch), strict=True)
-        micro_batches = runtime.even([MicroBatch(*cut) for cut in cuts])
-        bearing = runtime.sum((mine.targets != IGNORE).sum())[0]
-        for i, mb in enumerate(micro_batches):
-            with rt.no_sync(wrapped, last=i == len(micro_batches) - 1):
-                loss = wrapped(mb.tokens, mb.targets, reduction="sum") / bearing
-                (loss * runtime.world).backward()
-        norm = rt.clip_gradients(model, 0.5)
-        gradients = {"norm": norm}
-        for name, parameter in model.named_parameters():
-            grad = parameter.grad
-            gradients[name] = grad.full_tensor() if isinstance(grad, DTensor) else grad
+        found = gradients(runtime, shard, micro_batch, rows, is_tied)
         if runtime.is_main:
-            save_file({k: v.contiguous() for k, v in gradients.items()}, out)
+            save_file(found, out)
 
 
 if __name__ == "__main__":

@@ -95,11 +95,11 @@ class Run:
         self.step = 0  # steps done
         self.tokens = 0  # tokens seen, by all processes, without padding
         self.wrapped: nn.Module = model
-        self.writer = checkpoint.Writer(cfg.out, runtime, cfg.keep_last, cfg.keep_every)
+        self.writer = checkpoint.Writer(cfg.out, runtime, cfg.keep_last, cfg.keep_every, cfg.async_save)
 
     def begin(self) -> None:
         """Restore the newest checkpoint if asked to, and make the model ready for the loop."""
-        found = checkpoint.list_steps(self.cfg.out)
+        found = self.runtime.from_main(checkpoint.list_steps(self.cfg.out))
         if found and not self.cfg.resume:
             raise UserError(
                 f"{self.cfg.out} 里已有检查点（{found[-1].name}）：加 --resume 继续训练，或用 --out 换一个文件夹。"

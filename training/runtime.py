@@ -3,12 +3,14 @@
 One process on a laptop, or many under torchrun; the rest of the code does not know the difference.
 """
 
+import gc
 import os
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -80,8 +82,18 @@ class Runtime:
             return micro_batches
         most = torch.tensor(len(micro_batches))
         dist.all_reduce(most, dist.ReduceOp.MAX)
-        idle = micro_batches[-1]._replace(targets=torch.full_like(micro_batches[-1].targets, IGNORE))
+        last = micro_batches[-1]
+        idle = MicroBatch(
+            torch.zeros_like(last.tokens), torch.full_like(last.targets, IGNORE), last.documents
+        )
         return micro_batches + [idle] * (int(most) - len(micro_batches))
+
+    def from_main(self, value: Any) -> Any:
+        """The main process's value, in every process."""
+        values = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(values, device=torch.device("cpu"))
+        return values[0]
 
     def main_first(self, function: Callable[[], object]) -> None:
         """Run something in the main process while the others wait; its error ends them all."""
@@ -183,7 +195,10 @@ def start(
     torch.manual_seed(seed)
     yield Runtime(chosen, choose_dtype(chosen, precision), rank, world)
     if world > 1:  # after an error the others may never come to this call: then the process just ends
-        dist.barrier()  # gloo may hang if a peer leaves while the last messages are under way
+        # DDP, in a cycle, keeps the group. Were it freed last, it would wait, with the GIL, for a thread of gloo's
+        # that waits for the GIL.
+        gc.collect()
+        dist.barrier()
         dist.destroy_process_group()
 
 

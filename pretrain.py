@@ -108,7 +108,7 @@ class Config(TrainConfig):
 def main(cfg: Config) -> None:
     if cfg.demo and rt.is_first_process():
         need(cfg.data[0], "data_process.py", cfg)
-    with rt.start(cfg.device, cfg.precision, cfg.seed) as runtime:
+    with rt.start(cfg.device, cfg.precision, cfg.seed, cfg.timeout, cfg.deterministic) as runtime:
         for path in cfg.data:
             need(path, "data_process.py", cfg)
         tokenizer = ChatGLMTokenizer(cfg.tokenizer or recorded_tokenizer(cfg.data[0]))

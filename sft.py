@@ -64,7 +64,7 @@ def main(cfg: Config) -> None:
     if cfg.demo and rt.is_first_process():
         need(cfg.data, "sft_data_process.py", cfg)
         need(cfg.init, "pretrain.py", cfg)
-    with rt.start(cfg.device, cfg.precision, cfg.seed) as runtime:
+    with rt.start(cfg.device, cfg.precision, cfg.seed, cfg.timeout, cfg.deterministic) as runtime:
         start = checkpoint.load(cfg.init, tokenizer=cfg.tokenizer, n_heads=cfg.n_heads)
         runtime.print(f"从 {start.path} 开始。")
         training, validation = load_data(cfg, start.tokenizer, start.model.args.max_seq_len, runtime)

@@ -19,6 +19,9 @@ class TrainConfig(StageConfig):
     seed: int = 1337  # 随机种子（初始化与数据顺序）
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # 设备；auto 有显卡就用显卡
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # 计算精度；权重始终是 fp32
+    shard: bool = False  # 多卡时把权重、梯度、优化器状态切分到各卡（FSDP），用于一张卡放不下的模型
+    timeout: float = 10.0  # 多卡时一个进程最多等其他进程多少分钟
+    deterministic: bool = False  # 只用结果可逐位重现的算法（显卡上稍慢）
     compile: bool = False  # 用 torch.compile 编译模型（第一步较慢，之后更快）
 
     lr: float = 3e-4  # 最大学习率
@@ -57,10 +60,11 @@ class TrainConfig(StageConfig):
     def total_steps(self, steps_per_epoch: float) -> int:
         """How many steps the run has."""
         return self.max_steps or math.ceil(self.epochs * steps_per_epoch)
+    async_save: bool | None = None  # 在后台写检查点（主机内存多占每参数 12 字节）；默认显卡上是、CPU 上否
 
     def check(self) -> None:
         """Raise UserError for settings that cannot work."""
-        for name in ("lr", "epochs"):
+        for name in ("lr", "epochs", "timeout"):
             require(0 < getattr(self, name) < 1e9, name, getattr(self, name), "必须大于 0")
         for name in ("micro_batch", "log_every", "save_every", "keep_last", "max_skipped"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "至少为 1")

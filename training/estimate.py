@@ -11,6 +11,7 @@
 Shapes as in model.py: L layers, C width, T tokens, V vocabulary, F feed-forward width, K key/value width.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -21,9 +21,10 @@ from training.estimate import announce
 from training.guards import Figures, LateFigures, SkippedSteps, SpikeWatch, StopSignal, Watchdog
 from training.loader import Batches, MicroBatch, ReadAhead
 from training.log import Log
-from training.optimizer import learning_rate, make_optimizer
+from training.optimizer import factor, make_optimizer, set_learning_rate
 from training.plot import draw_run
-from training.runtime import Runtime, no_sync
+from training.runtime import Runtime, clip_gradients, no_sync, whole
+from training.state import piece_of
 
 
 def train(
@@ -48,7 +49,8 @@ def train(
         guards.quiet_garbage() as collect_garbage,
         Watchdog(cfg.hang_timeout, runtime.rank) as watchdog,
     ):
-        run = Run(cfg, runtime, model.to(runtime.device), vocabulary, batches)
+        runtime.place(model, cfg.shard)
+        run = Run(cfg, runtime, model, vocabulary, batches)
         run.begin()
         while run.step < run.total and not run.stopping:
             run.train_step()
@@ -75,9 +77,9 @@ class Run:
         self.cfg, self.runtime, self.model = cfg, runtime, model
         self.vocabulary, self.batches = vocabulary, ReadAhead(batches, runtime.device)
         self.total = cfg.total_steps(batches.steps_per_epoch)
-        self.optimizer = make_optimizer(model, cfg)
+        self.optimizer = make_optimizer(model, cfg, runtime.dtype)
         self.scaler = torch.amp.GradScaler(enabled=runtime.dtype == torch.float16)  # fp16 gradients underflow
-        self.writer = checkpoint.Writer(cfg.out, runtime, cfg.keep_last, cfg.keep_every)
+        self.writer = checkpoint.Writer(cfg.out, runtime, cfg.keep_last, cfg.keep_every, cfg.async_save)
         self.wrapped: nn.Module = model
         self.step = 0  # steps done; also the position in the data
         self.tokens = 0  # tokens seen, by all processes, without padding
@@ -93,7 +95,7 @@ class Run:
 
     def begin(self) -> None:
         """Restore the newest checkpoint if asked to, and make the model ready for the loop."""
-        found = checkpoint.list_steps(self.cfg.out)
+        found = self.runtime.from_main(checkpoint.list_steps(self.cfg.out))
         if found and not self.cfg.resume:
             raise UserError(
                 f"{self.cfg.out} 里已有检查点（{found[-1].name}）：加 --resume 继续训练，或用 --out 换一个文件夹。"
@@ -131,10 +133,8 @@ class Run:
         self.step = guards.pass_over(self.step, self.avoided)
         # A seed per step and process makes dropout independent of what ran before: nothing to save.
         torch.manual_seed((self.cfg.seed * 1_000_003 + self.step) * self.runtime.world + self.runtime.rank)
-        lr = learning_rate(self.step, self.total, self.cfg)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        micro_batches = self.batches.step(self.step)
+        lr = set_learning_rate(self.optimizer, factor(self.step, self.total, self.cfg))
+        micro_batches = self.runtime.even(self.batches.step(self.step))
         asked = torch.tensor([int(self.stop.received)], device=micro_batches[0].tokens.device)
         counts = torch.cat((guards.tally(micro_batches), asked)).to(self.runtime.device, non_blocking=True)
         bearing, *counts = self.runtime.all_sum(counts).unbind()  # bearing: targets, of all processes
@@ -142,7 +142,7 @@ class Run:
         losses[self.runtime.rank] = self.backward(micro_batches, bearing.clamp(min=1))
         self.runtime.all_sum(losses)
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.clip or math.inf)
+        norm = clip_gradients(self.model, self.cfg.clip or math.inf)
         skip = ~(norm.isfinite() & losses.isfinite().all())
         self.optimizer_step(skip.float())
         self.step += 1
@@ -225,7 +225,7 @@ class Run:
         good: steps done before the spike began. The remedy is PaLM's (https://arxiv.org/abs/2204.02311, section 5.1):
         a checkpoint from some time before, and other data. All of it is in the counters: a resumed run does the same.
         """
-        found = checkpoint.list_steps(self.cfg.out)
+        found = self.runtime.from_main(checkpoint.list_steps(self.cfg.out))
         before = [f for f in found if step_of(f) <= good - guards.AROUND]
         before = before or [f for f in found if step_of(f) <= good]
         if not before:
@@ -251,7 +251,7 @@ class Run:
     def without_gradients(self, function: Callable[[Transformer], Any]) -> Any:
         """Run the stage's evaluation or sampling, then go on training."""
         self.model.eval()
-        with torch.inference_mode(), self.runtime.autocast():
+        with torch.no_grad(), self.runtime.autocast(), whole(self.model):
             result = function(self.model)
         self.model.train()
         return result
@@ -265,7 +265,7 @@ class Run:
         self.owes_save = (self.skipped.in_a_row > 0 or in_spike) and self.step < self.total
         if self.owes_save:
             return  # the weights may be spoilt already; what they would displace is not
-        broken = sum(not bool(p.isfinite().all()) for p in self.model.parameters())
+        broken = sum(not bool(piece_of(p).rows.isfinite().all()) for p in self.model.parameters())
         if self.runtime.sum(broken)[0]:
             raise UserError(f"第 {self.step} 步的权重不再是有限数，没有保存；{guards.ADVICE}")
         for attempt in (1, 2):  # the first may only bring the error of an earlier write
@@ -312,17 +312,13 @@ class Run:
         return False
 
     def try_restore(self, folder: Path) -> UserError | None:
-        """Restore a checkpoint, or return what is wrong with it, in whichever process."""
-        args, counters, damage = None, {}, None
-        try:
+        """Restore a checkpoint, or return what is damaged about it."""
+        try:  # damage that one process meets, all of them meet
             args = checkpoint.read_args(folder)
-            if args == self.model.args:
-                counters = checkpoint.restore(folder, self.model, self.optimizer)
-        except UserError as error:
-            damage = error
-        if self.runtime.sum(damage is not None)[0]:
-            return damage or UserError(f"另一个进程读不了 {folder}。")
-        check_same(folder, "模型形状", asdict(args), asdict(self.model.args))
+            check_same(folder, "模型形状", asdict(args), asdict(self.model.args))
+            counters = checkpoint.restore(folder, self.model, self.optimizer)
+        except checkpoint.Damaged as damage:
+            return damage
         for name, value in self.batches.signature.items():
             check_same(folder, name, counters["signature"].get(name), value)
         self.step, self.tokens = counters["step"], counters["tokens"]

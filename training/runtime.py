@@ -3,19 +3,27 @@
 One process on a laptop, or many under torchrun; the rest of the code does not know the difference.
 """
 
+import gc
 import os
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from model import IGNORE, Transformer
 from stage import UserError
 from training import hardware
+from training.loader import MicroBatch
 
 
 @dataclass
@@ -26,6 +34,7 @@ class Runtime:
     dtype: torch.dtype  # of matrix products; weights are fp32
     rank: int = 0
     world: int = 1
+    sharded: bool = False  # weights, gradients and optimizer state are spread over the processes (FSDP)
 
     @property
     def is_main(self) -> bool:
@@ -41,10 +50,9 @@ class Runtime:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def sum(self, *values: float | Tensor) -> list[float]:
-        """Sum numbers over all processes."""
+        """Sum numbers over all processes, on the host: waits for the device if a value is on it."""
         total = torch.stack([torch.as_tensor(v).detach().cpu().double() for v in values])
         if self.world > 1:
-            total = total.cuda() if self.device.type == "cuda" else total
             dist.all_reduce(total)
         return total.tolist()
 
@@ -54,6 +62,28 @@ class Runtime:
             dist.all_reduce(x)
         return x
 
+    def even(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+        """As many micro-batches in every process: FSDP gathers weights in each, so all must take part in all.
+
+        What is added bears no loss. The counts are compared on the host, without waiting for the device.
+        """
+        if not self.sharded:
+            return micro_batches
+        most = torch.tensor(len(micro_batches))
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        last = micro_batches[-1]
+        idle = MicroBatch(
+            torch.zeros_like(last.tokens), torch.full_like(last.targets, IGNORE), last.documents
+        )
+        return micro_batches + [idle] * (int(most) - len(micro_batches))
+
+    def from_main(self, value: Any) -> Any:
+        """The main process's value, in every process."""
+        values = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(values, device=torch.device("cpu"))
+        return values[0]
+
     def main_first(self, function: Callable[[], object]) -> None:
         """Run something in the main process while the others wait; its error ends them all."""
         error = None
@@ -62,14 +92,43 @@ class Runtime:
                 function()
             except (UserError, OSError) as raised:
                 error = raised
+        self.raise_together(error)
+
+    def raise_together(self, error: Exception | None) -> None:
+        """End every process if any brings an error: its own raises it, the others leave without a word."""
         failed = self.sum(error is not None)[0]
         if error is not None:
             raise error
         if failed:
             raise SystemExit(1)
 
-    def wrap(self, model: nn.Module, compile_it: bool) -> nn.Module:
-        """The model as the loop calls it: on the device, compiled, with gradients averaged over processes."""
+    def place(self, model: Transformer, shard: bool) -> None:
+        """Put the model on the device, or with `shard` this process's rows of it (before the optimizer is made).
+
+        FSDP2 (https://arxiv.org/abs/2304.11277) in groups: each block, and the rest (embedding, norm, head). A tied
+        matrix is in that one group under both names, whole while the forward pass runs, so the loss finds it.
+        The model comes in host memory and goes to the device a group at a time: never whole on one GPU.
+        """
+        self.sharded = shard and self.world > 1
+        if not self.sharded:
+            model.to(self.device)
+            return
+        # Gradients are summed in fp32. Inputs keep their type: the rotary table would lose positions in bf16.
+        dtype = None if self.dtype == torch.float32 else self.dtype
+        policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        mesh = init_device_mesh(self.device.type, (self.world,))
+        for layer in model.layers:
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, mp_policy=policy)
+
+    def wrap(self, model: Transformer, compile_it: bool) -> nn.Module:
+        """The model as the loop calls it: compiled, with gradients averaged over processes."""
+        if self.sharded:
+            for layer in (
+                model.layers if compile_it else ()
+            ):  # a block at a time: FSDP's gathering is in between
+                layer.forward = torch.compile(layer.forward)
+            return model
         wrapped = torch.compile(model) if compile_it else model
         if self.world > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
@@ -96,18 +155,36 @@ def is_first_process() -> bool:
 
 
 @contextmanager
-def start(device: str = "auto", precision: str = "auto", seed: int = 0) -> Iterator[Runtime]:
-    """Set up this process (and, under torchrun, the process group) and take it down at the end."""
+def start(
+    device: str = "auto",
+    precision: str = "auto",
+    seed: int = 0,
+    timeout: float = 10,
+    deterministic: bool = False,
+) -> Iterator[Runtime]:
+    """Set up this process (and, under torchrun, the process group) and take it down at the end.
+
+    timeout: minutes that a process waits for the others before it gives up. deterministic: the same bits again.
+    """
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     chosen = choose_device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high")
+    if deterministic:  # https://docs.pytorch.org/docs/stable/notes/randomness.html
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
     if world > 1:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        # gloo as well: counts and errors are agreed on without waiting for the GPU.
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=timeout))
     torch.manual_seed(seed)
     yield Runtime(chosen, choose_dtype(chosen, precision), rank, world)
     if world > 1:  # after an error the others may never come to this call: then the process just ends
+        # DDP, in a cycle, keeps the group. Were it freed last, it would wait, with the GIL, for a thread of gloo's
+        # that waits for the GIL.
+        gc.collect()
+        dist.barrier()
         dist.destroy_process_group()
 
 
@@ -139,4 +216,33 @@ def choose_dtype(device: torch.device, precision: str) -> torch.dtype:
 
 def no_sync(model: nn.Module, last: bool) -> AbstractContextManager:
     """Average gradients over processes only at the last micro-step of a step."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
     return nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()
+
+
+def clip_gradients(model: nn.Module, limit: float) -> Tensor:
+    """Scale the gradients so that their norm over all processes is at most `limit`; returns the norm before, ()."""
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # of shards: summed over the processes
+    nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm
+
+
+@contextmanager
+def whole(model: nn.Module) -> Iterator[None]:
+    """Let every process hold all weights (in the compute type) while it evaluates or samples at its own pace.
+
+    Under FSDP a forward pass is otherwise a collective, and processes with unequal work would wait for ever.
+    """
+    parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(part is not model, recurse=False)
+            part.reshard()

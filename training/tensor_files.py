@@ -15,12 +15,9 @@ from torch import Tensor
 
 from stage import UserError
 from training.state import Piece
+from training.step_folder import Damaged
 
 SHARDING = "DCP_SHARDING_INFO"
-
-
-class Damaged(UserError):
-    """A checkpoint that is torn or corrupt: an earlier one will do; other errors are mistakes of settings."""
 
 
 def file_name(kind: str, index: int, count: int) -> str:
@@ -30,11 +27,10 @@ def file_name(kind: str, index: int, count: int) -> str:
 
 def write(path: Path, pieces: dict[str, Piece]) -> None:
     """Write pieces (CPU tensors); straight from their memory, which safetensors does without the GIL."""
-    offsets = {
-        k: {"saved_offsets": [p.start, *[0] * (len(p.shape) - 1)][: len(p.shape)]} for k, p in pieces.items()
-    }
+    starts = {name: [p.start, *[0] * len(p.shape)][: len(p.shape)] for name, p in pieces.items()}
     is_sharded = any(tuple(p.rows.shape) != p.shape for p in pieces.values())
-    metadata = {"format": "pt"} | ({SHARDING: json.dumps(offsets)} if is_sharded else {})
+    offsets = json.dumps({name: {"saved_offsets": start} for name, start in starts.items()})
+    metadata = {"format": "pt"} | ({SHARDING: offsets} if is_sharded else {})
     save_file({name: piece.rows.contiguous() for name, piece in pieces.items()}, path, metadata)
 
 

@@ -15,7 +15,8 @@ from stage import UserError, swap
 from training import checkpoint
 from training.config import TrainConfig
 from training.log import Log, draw
-from training.optimizer import learning_rate, make_optimizer
+from training.optimizer import factor, make_optimizer, set_learning_rate
+from training.recipes import settle
 from training.runtime import Runtime, no_sync
 
 DIVERGED = "请减小 --lr 或加长 --warmup，再用 --resume 从之前的检查点继续。"
@@ -44,6 +45,7 @@ def train(
     vocabulary: the tokenizer's file, kept with every checkpoint. evaluate: figures of the stage's validation.
     """
     total = cfg.max_steps or math.ceil(cfg.epochs * batches.steps_per_epoch)
+    cfg = settle(cfg, total, batches.signature.get("batch_tokens"))
     model.to(runtime.device)
     run = Run(cfg, runtime, model, vocabulary, batches, total)
     run.begin()
@@ -87,7 +89,7 @@ class Run:
     ):
         self.cfg, self.runtime, self.model = cfg, runtime, model
         self.vocabulary, self.batches, self.total = vocabulary, batches, total
-        self.optimizer = make_optimizer(model, cfg)
+        self.optimizer = make_optimizer(model, cfg, runtime.dtype)
         self.scaler = torch.amp.GradScaler(enabled=runtime.dtype == torch.float16)  # fp16 gradients underflow
         self.step = 0  # steps done
         self.tokens = 0  # tokens seen, by all processes, without padding
@@ -145,9 +147,7 @@ class Run:
         """One optimizer step; returns this process's share of the loss, the gradient norm, and the rate."""
         # A seed per step and process makes dropout independent of what ran before: nothing to save.
         torch.manual_seed((self.cfg.seed * 1_000_003 + self.step) * self.runtime.world + self.runtime.rank)
-        lr = learning_rate(self.step, self.total, self.cfg)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        lr = set_learning_rate(self.optimizer, factor(self.step, self.total, self.cfg))
         micro_batches = self.batches.step(self.step)
         bearing, seen, stopping = self.runtime.sum(
             sum(int((y != IGNORE).sum()) for _, y in micro_batches),

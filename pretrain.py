@@ -19,7 +19,7 @@ from stage import DEMO_DIR, DEMO_OUT, ROOT, UserError, need, require, run_stage
 from training import runtime as rt
 from training.config import TrainConfig
 from training.loop import train
-from training.recipes import initialise
+from training.recipes import choose_batch, initialise
 
 
 @dataclass
@@ -40,7 +40,9 @@ class Config(TrainConfig):
     dropout: float | None = None  # 随机失活
     tie_embeddings: bool = True  # 输出层与词嵌入共用一个矩阵
 
-    batch_tokens: int = 32 * 512  # 每步的 token 数（所有进程合计），不够一次放下就自动累积梯度
+    batch_tokens: int | None = (
+        None  # 每步的 token 数（所有进程合计），默认由 --recipe 和数据量决定；放不下就累积梯度
+    )
     eval_tokens: int = 1_000_000  # 验证最多用多少 token（每次都是同一批）
 
     DEMO = dict(
@@ -64,7 +66,7 @@ class Config(TrainConfig):
     def check(self) -> None:
         super().check()
         require(len(self.data) > 0, "data", "空", "至少要有一个文件")
-        require(self.batch_tokens >= 1, "batch_tokens", self.batch_tokens, "至少为 1")
+        self.require("batch_tokens", lambda v: v >= 1, "至少为 1")
         require(self.eval_tokens >= 1, "eval_tokens", self.eval_tokens, "至少为 1")
         require(self.dropout is None or 0 <= self.dropout < 1, "dropout", self.dropout, "不小于 0 且小于 1")
 
@@ -81,7 +83,9 @@ def main(cfg: Config) -> None:
         tokenizer = ChatGLMTokenizer(cfg.tokenizer or recorded_tokenizer(cfg.data[0]))
         args = model_args(cfg, tokenizer)
         windows = TokenWindows(cfg.data, args.max_seq_len, tokenizer)
-        batch = max(runtime.world, cfg.batch_tokens // args.max_seq_len)
+        data_tokens = cfg.epochs * len(windows) * args.max_seq_len
+        batch_tokens = cfg.batch_tokens or choose_batch(cfg.recipe, data_tokens, args.max_seq_len)
+        batch = max(runtime.world, batch_tokens // args.max_seq_len)
         batches = PretrainBatches(windows, batch, cfg.micro_batch, runtime.rank, runtime.world, cfg.seed)
         evaluate = make_evaluate(cfg, args, tokenizer, runtime)
         model = Transformer(args)

@@ -33,8 +33,22 @@ def make_optimizer(
     betas = (cfg.beta1, cfg.beta2)
     if is_muon:
         ns_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-        return Muon(groups, betas=betas, steps=cfg.muon_steps, dtype=ns_dtype)
-    return torch.optim.AdamW(groups, betas=betas, fused=True)
+        optimizer = Muon(groups, betas=betas, steps=cfg.muon_steps, dtype=ns_dtype)
+    else:
+        optimizer = torch.optim.AdamW(groups, betas=betas, fused=True)
+    keep_settings(optimizer)
+    return optimizer
+
+
+def keep_settings(optimizer: torch.optim.Optimizer) -> None:
+    """Let a loaded state dict bring the moments alone: rates and decay are the ones asked for now."""
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+
+    def restore(loaded: torch.optim.Optimizer) -> None:
+        for group, own in zip(loaded.param_groups, settings, strict=True):
+            group.update(own)
+
+    optimizer.register_load_state_dict_post_hook(restore)
 
 
 def factor(step: int, total: int, cfg: TrainConfig) -> float:

@@ -11,7 +11,6 @@ from torch import nn
 
 from training.config import TrainConfig
 
-REFERENCE_BATCH = 4096  # tokens of a step at which the rates of the recipe "muon" were found
 TIMESCALE = 0.25  # weights forget what is older than this part of the run
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -31,6 +30,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     # What the original project trained with, but for the warm-up, which is cut in short runs.
     "original": dict(
         optimizer="adamw",
+        batch_tokens=32 * 512,
         lr=3e-4,
         min_lr=1e-5,
         weight_decay=0.1,
@@ -53,14 +53,12 @@ def settle(cfg: Config, total: int, batch_tokens: int | None) -> Config:
     total: steps. batch_tokens: of a step over all processes; None: the recipe's rates are not scaled.
     """
     recipe = RECIPES[cfg.recipe]
-    filled = {name: value for name, value in recipe.items() if getattr(cfg, name) is None}
+    filled = {name: value for name, value in recipe.items() if getattr(cfg, name, 0) is None}
     if "warmup" in filled:
         filled["warmup"] = min(filled["warmup"], total // 10)
     if cfg.recipe == "muon" and batch_tokens:
-        # Noise falls as 1/sqrt(batch): for Adam-like optimizers the rate goes with its square root
-        # (https://arxiv.org/abs/2205.10287).
         for name in {"lr", "table_lr"} & filled.keys():
-            filled[name] *= math.sqrt(batch_tokens / REFERENCE_BATCH)
+            filled[name] *= rate_scale(batch_tokens, total)
     settled = replace(cfg, **filled)
     if settled.table_lr is None:
         settled.table_lr = settled.lr
@@ -70,6 +68,29 @@ def settle(cfg: Config, total: int, batch_tokens: int | None) -> Config:
         settled.weight_decay = 1 / (TIMESCALE * total * settled.lr)
     settled.check()
     return settled
+
+
+def good_batch(data_tokens: float) -> float:
+    """Tokens of a step beyond which larger batches stop saving steps: they grow about as the square root of the
+    tokens trained on, and hardly with the model (https://arxiv.org/abs/2410.21676, https://arxiv.org/abs/2505.13738).
+    """
+    return math.sqrt(data_tokens)
+
+
+def rate_scale(batch_tokens: int, total: int) -> float:
+    """What the recipe's rates, found at `good_batch`, are multiplied with in a run of `total` steps.
+
+    Noise falls as 1/sqrt(batch), and the rate may go with that (https://arxiv.org/abs/2205.10287); since a good
+    batch is the square root of the run, at one batch the rate falls as run ** -0.25 (measured by others: -0.2 to
+    -0.3, https://arxiv.org/abs/2409.19913).
+    """
+    return math.sqrt(batch_tokens / good_batch(batch_tokens * total))
+
+
+def choose_batch(recipe: str, data_tokens: float, window: int) -> int:
+    """Tokens of a step for a run over `data_tokens`: the recipe's, or a good batch, as a power of two of windows."""
+    windows = RECIPES[recipe].get("batch_tokens", good_batch(data_tokens)) / window
+    return window * 2 ** max(0, round(math.log2(windows)))
 
 
 def initialise(model: nn.Module, cfg: TrainConfig) -> None:

@@ -19,7 +19,7 @@ from stage import DEMO_DIR, DEMO_OUT, ROOT, UserError, need, require, run_stage
 from training import runtime as rt
 from training.config import TrainConfig
 from training.loop import train
-from training.recipes import choose_batch, initialise
+from training.recipes import choose_batch
 
 
 @dataclass
@@ -88,9 +88,7 @@ def main(cfg: Config) -> None:
         batch = max(runtime.world, batch_tokens // args.max_seq_len)
         batches = PretrainBatches(windows, batch, cfg.micro_batch, runtime.rank, runtime.world, cfg.seed)
         evaluate = make_evaluate(cfg, args, tokenizer, runtime)
-        model = Transformer(args)
-        initialise(model, cfg)
-        train(cfg, runtime, model, tokenizer.content, batches, evaluate)
+        train(cfg, runtime, Transformer(args), tokenizer.content, batches, evaluate)
 
 
 def recorded_tokenizer(data: Path) -> Path:

@@ -29,7 +29,6 @@ class TrainConfig(StageConfig):
     beta1: float | None = None  # AdamW 的一阶动量系数
     beta2: float | None = None  # AdamW 的二阶动量系数
     clip: float | None = None  # 梯度范数裁剪；0 为不裁剪
-    zero_init: bool | None = None  # 写入残差流的矩阵（wo、w2）从零开始
     muon_steps: int = 5  # Muon 的 Newton-Schulz 迭代次数
 
     epochs: float = 1.0  # 训练几遍数据

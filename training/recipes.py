@@ -7,25 +7,22 @@ import math
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from torch import nn
-
 from training.config import TrainConfig
 
-TIMESCALE = 0.25  # weights forget what is older than this part of the run
+TIMESCALE = 1.0  # weights forget what is older than this part of the run
 
 RECIPES: dict[str, dict[str, Any]] = {
     "muon": dict(
         optimizer="muon",
-        lr=0.02,
-        table_lr=0.006,
+        lr=0.01,
+        table_lr=0.02,
         min_lr=0.0,
         warmup=50,
         schedule="wsd",
         decay_fraction=0.5,
         beta1=0.9,
-        beta2=0.95,
+        beta2=0.99,
         clip=1.0,
-        zero_init=True,
     ),
     # What the original project trained with, but for the warm-up, which is cut in short runs.
     "original": dict(
@@ -40,7 +37,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         beta1=0.9,
         beta2=0.95,
         clip=1.0,
-        zero_init=False,
     ),
 }
 
@@ -91,14 +87,3 @@ def choose_batch(recipe: str, data_tokens: float, window: int) -> int:
     """Tokens of a step for a run over `data_tokens`: the recipe's, or a good batch, as a power of two of windows."""
     windows = RECIPES[recipe].get("batch_tokens", good_batch(data_tokens)) / window
     return window * 2 ** max(0, round(math.log2(windows)))
-
-
-def initialise(model: nn.Module, cfg: TrainConfig) -> None:
-    """With `zero_init`, matrices that write to the residual stream start at zero (https://arxiv.org/abs/2203.03466).
-
-    Every layer then starts as the identity, whatever the depth.
-    """
-    zero = RECIPES[cfg.recipe]["zero_init"] if cfg.zero_init is None else cfg.zero_init
-    for name, parameter in model.named_parameters() if zero else ():
-        if name.endswith(("wo.weight", "w2.weight")):
-            nn.init.zeros_(parameter)

@@ -22,6 +22,7 @@ from training import runtime as rt
 from training.config import TrainConfig
 from training.loop import train
 from training.mixture import Phase, whole_weights
+from training.recipes import choose_batch, settle
 
 SAMPLES, PROMPT_TOKENS, SAMPLE_TOKENS = 3, 12, 40  # documents that are continued, from how much, by how much
 
@@ -49,7 +50,9 @@ class Config(TrainConfig):
     dropout: float | None = None  # 随机失活
     tie_embeddings: bool = True  # 输出层与词嵌入共用一个矩阵
 
-    batch_tokens: int = 32 * 512  # 每步的 token 数（所有进程合计），不够一次放下就自动累积梯度
+    batch_tokens: int | None = (
+        None  # 每步的 token 数（所有进程合计），默认由 --recipe 和数据量决定；放不下就累积梯度
+    )
     eval_tokens: int = 1_000_000  # 验证最多用多少 token（每次都是同一批）
 
     DEMO = dict(
@@ -57,12 +60,7 @@ class Config(TrainConfig):
         valid=DEMO_DIR / "valid_data.bin",
         out=DEMO_OUT / "pretrain",
         model="demo",
-        batch_tokens=16 * 256,
         micro_batch=16,
-        lr=3e-3,
-        min_lr=1e-4,
-        warmup=30,
-        schedule="wsd",
         epochs=1,
         eval_every=100,
         save_every=100,
@@ -75,7 +73,7 @@ class Config(TrainConfig):
         super().check()
         require(len(self.data) > 0, "data", "空", "至少要有一个文件")
         self.check_mixture()
-        require(self.batch_tokens >= 1, "batch_tokens", self.batch_tokens, "至少为 1")
+        self.require("batch_tokens", lambda v: v >= 1, "至少为 1")
         require(self.eval_tokens >= 1, "eval_tokens", self.eval_tokens, "至少为 1")
         require(self.dropout is None or 0 <= self.dropout < 1, "dropout", self.dropout, "不小于 0 且小于 1")
 
@@ -114,8 +112,9 @@ def main(cfg: Config) -> None:
         tokenizer = ChatGLMTokenizer(cfg.tokenizer or recorded_tokenizer(cfg.data[0]))
         args = model_args(cfg, tokenizer)
         windows = open_windows(cfg, args.max_seq_len, tokenizer, runtime)
-        batch = max(runtime.world, cfg.batch_tokens // args.max_seq_len)
+        batch = batch_size(cfg, len(windows), args.max_seq_len, runtime.world)
         total = cfg.total_steps(len(windows) / batch)
+        cfg = settle(cfg, total, batch * args.max_seq_len)
         batches = PretrainBatches(
             windows,
             batch,
@@ -146,6 +145,13 @@ def open_windows(cfg: Config, seq_len: int, tokenizer: ChatGLMTokenizer, runtime
         return windows
     runtime.main_first(lambda: build_indices(windows, tokenizer.special_tokens["<eos>"]))
     return FittedWindows(cfg.data, seq_len, tokenizer, cfg.document_mask)
+
+
+def batch_size(cfg: Config, windows: int, seq_len: int, world: int) -> int:
+    """Windows of a step over all processes: as --batch_tokens says, or the recipe for a run over this much data."""
+    if cfg.batch_tokens is not None:
+        return max(world, cfg.batch_tokens // seq_len)
+    return max(world, choose_batch(cfg.recipe, cfg.epochs * windows * seq_len, seq_len))
 
 
 def phases(cfg: Config, windows: TokenWindows, total: int) -> list[Phase]:

@@ -7,6 +7,7 @@ python sft.py --init Llama2-Chinese-92M.pth
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from chatglm_tokenizer.tokenization_chatglm import ChatGLMTokenizer
 from dataset_sft import Sample, SftBatches, collate, read_samples, split_validation
@@ -30,9 +31,10 @@ class Config(TrainConfig):
     out: Path = ROOT / "out" / "sft"  # 检查点、日志与曲线保存到哪里
     valid_fraction: float = 0.01  # 留作验证的样本比例
 
-    lr: float = 2e-5  # 最大学习率
-    min_lr: float = 1e-6  # 最终学习率
-    weight_decay: float = 1e-4  # 权重衰减（只作用于矩阵）
+    recipe: Literal["muon", "original"] = "original"  # 配方：没有写明的设置由它决定；微调沿用 AdamW
+    lr: float | None = 2e-5  # 最大学习率
+    min_lr: float | None = 1e-6  # 最终学习率
+    weight_decay: float | None = 1e-4  # 权重衰减（只作用于矩阵）
     epochs: float = 2.0  # 训练几遍数据
     batch: int = 32  # 每步的样本数（所有进程合计）
 

@@ -24,8 +24,11 @@ from stage import DEMO_DIR, ROOT, StageConfig, UserError, need, require, run_sta
 from training.checkpoint import find
 from training.log import read_log
 
-SHAPE = "--dim 64 --n_layers 2 --n_heads 2 --max_seq_len 64 --batch_tokens 1024 --lr 3e-3 --warmup 10".split()
-SHAPE += "--device cpu --precision fp32 --log_every 1 --eval_every 0 --eval_tokens 64".split()
+SHAPE: dict[str, object] = dict(
+    dim=64, n_layers=2, n_heads=2, max_seq_len=64, batch_tokens=1024, lr=3e-3, warmup=10
+)
+SHAPE |= dict(device="cpu", precision="fp32", log_every=1, eval_every=0, eval_tokens=64)
+OPTIONS = [text for name, value in SHAPE.items() for text in (f"--{name}", str(value))]
 
 
 @dataclass
@@ -67,7 +70,7 @@ def command(cfg: Config, out: Path, processes: int = 1) -> list[str]:
     several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     valid = cfg.data.with_name("none.bin")  # no validation: it is not what is tested here
     options = ["--data", cfg.data, "--valid", valid, "--out", out, "--max_steps", cfg.steps, "--resume"]
-    options += ["--save_every", cfg.save_every, *SHAPE]
+    options += ["--save_every", cfg.save_every, *OPTIONS]
     start = [sys.executable, *(several if processes > 1 else []), ROOT / "pretrain.py"]
     return [str(word) for word in (*start, *options)]
 

@@ -15,9 +15,7 @@ from safetensors.torch import load_file
 
 from model import ModelArgs, Transformer
 from training import checkpoint
-from training.config import TrainConfig
 from training.log import read_log
-from training.optimizer import learning_rate
 
 TINY = [
     "--dim",
@@ -31,7 +29,7 @@ TINY = [
     "--batch_tokens",
     512,
     "--lr",
-    3e-3,
+    2e-2,
 ]
 TINY += ["--log_every", 1, "--device", "cpu"]
 
@@ -144,8 +142,7 @@ def test_a_run_that_diverges_stops_and_keeps_the_last_good_checkpoint(tokens, tm
     out = tmp_path / "diverged"
     options = arguments(tokens, out, "--max_steps", 40, "--save_every", 5, "--keep_last", 1)
     script("pretrain.py", *options[:-6], "--max_steps", 5, "--save_every", 5)
-    wild = [*options, "--clip", 0, "--resume"]
-    wild[wild.index("--lr") + 1] = 1e30
+    wild = [*options, "--clip", 0, "--weight_decay", 1e5, "--resume"]  # weights grow a thousandfold a step
     assert "--lr" in script("pretrain.py", *wild, ok=False).stderr
     (kept,) = checkpoint.list_steps(out)
     assert all(v.isfinite().all() for v in checkpoint.read_weights(kept).values())
@@ -187,21 +184,6 @@ def test_wrong_input_to_pretraining_is_one_clear_line(tokens, vocabulary, tmp_pa
 def test_a_vocabulary_that_does_not_match_is_refused(tokens, chatglm2, tmp_path) -> None:
     options = arguments(tokens, tmp_path / "o", "--tokenizer", chatglm2.vocab_file)
     assert "词表" in script("pretrain.py", *options, ok=False).stderr
-
-
-def test_schedules() -> None:
-    cosine = TrainConfig(lr=1.0, min_lr=0.1, warmup=10)
-    rates = [learning_rate(step, 1000, cosine) for step in range(1000)]
-    assert rates[0] == pytest.approx(0.1)
-    assert rates[9] == 1.0
-    assert rates[505] == pytest.approx(0.55, abs=0.01)
-    assert rates[-1] == pytest.approx(0.1)
-    assert rates[10:] == sorted(rates[10:], reverse=True)
-    wsd = TrainConfig(lr=1.0, min_lr=0.0, warmup=0, schedule="wsd", decay_fraction=0.2)
-    rates = [learning_rate(step, 100, wsd) for step in range(100)]
-    assert rates[:80] == [1.0] * 80
-    assert rates[90] == pytest.approx(0.5)
-    assert rates[99] == pytest.approx(0.05)
 
 
 def test_fine_tuning_lowers_the_loss_of_answers(tuned) -> None:

@@ -1,6 +1,7 @@
 """Settings that every training stage has; a stage adds its own."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,15 +25,19 @@ class TrainConfig(StageConfig):
     deterministic: bool = False  # 只用结果可逐位重现的算法（显卡上稍慢）
     compile: bool = False  # 用 torch.compile 编译模型（第一步较慢，之后更快）
 
-    lr: float = 3e-4  # 最大学习率
-    min_lr: float = 1e-5  # 最终学习率
-    warmup: int = 1000  # 学习率预热的步数
-    schedule: Literal["cosine", "wsd"] = "cosine"  # 余弦衰减，或先恒定后线性衰减（WSD）
-    decay_fraction: float = 0.2  # WSD：最后多大比例的步数用于衰减
-    weight_decay: float = 0.1  # 权重衰减（只作用于矩阵）
-    beta1: float = 0.9  # AdamW 的一阶动量系数
-    beta2: float = 0.95  # AdamW 的二阶动量系数
-    clip: float = 1.0  # 梯度范数裁剪；0 为不裁剪
+    recipe: Literal["muon", "original"] = "muon"  # 配方：下面这些没有写明的设置由它决定（docs/recipe.md）
+    optimizer: Literal["muon", "adamw"] | None = None  # 层内矩阵的优化器；其余参数总是 AdamW
+    lr: float | None = None  # 层内矩阵的最大学习率
+    table_lr: float | None = None  # 词嵌入、输出层和归一化权重的最大学习率
+    min_lr: float | None = None  # 最终学习率（其他各组按同样的比例）
+    warmup: int | None = None  # 学习率预热的步数；配方的预热至多占十分之一
+    schedule: Literal["cosine", "wsd"] | None = None  # 余弦衰减，或先恒定后线性衰减（WSD）
+    decay_fraction: float | None = None  # WSD：最后多大比例的步数用于衰减
+    weight_decay: float | None = None  # 权重衰减（只作用于矩阵）
+    beta1: float | None = None  # AdamW 的一阶动量系数
+    beta2: float | None = None  # AdamW 的二阶动量系数
+    clip: float | None = None  # 梯度范数裁剪；0 为不裁剪
+    muon_steps: int = 5  # Muon 的 Newton-Schulz 迭代次数
 
     epochs: float = 1.0  # 训练几遍数据
     max_steps: int = 0  # 训练多少步；0 为由 epochs 决定
@@ -60,25 +65,32 @@ class TrainConfig(StageConfig):
     def total_steps(self, steps_per_epoch: float) -> int:
         """How many steps the run has."""
         return self.max_steps or math.ceil(self.epochs * steps_per_epoch)
+
     async_save: bool | None = None  # 在后台写检查点（主机内存多占每参数 12 字节）；默认显卡上是、CPU 上否
 
     def check(self) -> None:
         """Raise UserError for settings that cannot work."""
-        for name in ("lr", "epochs", "timeout"):
-            require(0 < getattr(self, name) < 1e9, name, getattr(self, name), "必须大于 0")
-        for name in ("micro_batch", "log_every", "save_every", "keep_last", "max_skipped"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "至少为 1")
+        for name in ("lr", "table_lr", "epochs", "timeout"):
+            self.require(name, lambda v: 0 < v < 1e9, "必须大于 0")
+        for name in ("micro_batch", "log_every", "save_every", "keep_last", "muon_steps", "max_skipped"):
+            self.require(name, lambda v: v >= 1, "至少为 1")
         for name in ("warmup", "max_steps", "eval_every", "weight_decay", "clip", "min_lr", "keep_every"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "不能小于 0")
-        for name in ("beta1", "beta2"):
-            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "在 0 与 1 之间")
+            self.require(name, lambda v: v >= 0, "不能小于 0")
         for name in ("sample_every", "spike", "hang_timeout", "price"):
-            require(0 <= getattr(self, name) < 1e9, name, getattr(self, name), "不能小于 0")
-        require(0 < self.mfu <= 1, "mfu", self.mfu, "在 0 与 1 之间")
+            self.require(name, lambda v: 0 <= v < 1e9, "不能小于 0")
+        for name in ("beta1", "beta2"):
+            self.require(name, lambda v: 0 <= v < 1, "在 0 与 1 之间")
+        for name in ("decay_fraction", "mfu"):
+            self.require(name, lambda v: 0 < v <= 1, "在 0 与 1 之间")
+        self.require("spike_window", lambda v: v >= 8, "至少为 8")
+        self.require("seed", lambda v: 0 <= v < 2**31, "在 0 与 2147483647 之间")
+        if self.lr is not None:
+            self.require("min_lr", lambda v: v <= self.lr, f"应不大于 --lr {self.lr}")
         for hardware in self.hardware:
             _ = hardware == "all" or parse_hardware(hardware)
         check_installed(self.track)
-        require(self.spike_window >= 8, "spike_window", self.spike_window, "至少为 8")
-        require(0 < self.decay_fraction <= 1, "decay_fraction", self.decay_fraction, "在 0 与 1 之间")
-        require(0 <= self.seed < 2**31, "seed", self.seed, "在 0 与 2147483647 之间")
-        require(self.min_lr <= self.lr, "min_lr", self.min_lr, f"应不大于 --lr {self.lr}")
+
+    def require(self, name: str, holds: Callable[[float], bool], condition: str) -> None:
+        """Raise UserError unless a setting is as it must be or left open."""
+        value = getattr(self, name)
+        require(value is None or holds(value), name, value, condition)

@@ -147,6 +147,8 @@ def make_plan(cfg: TrainConfig, runtime: Runtime, args: ModelArgs, batches: "Bat
         tokens_per_step=runtime.world
         * float(np.mean([sum(int((mb.tokens != 0).sum()) for mb in s) for s in seen])),
         steps=steps,
+        muon=cfg.optimizer == "muon",
+        shards=runtime.world if cfg.shard else 1,
     )
 
 

@@ -23,6 +23,7 @@ from training.loader import Batches, MicroBatch, ReadAhead
 from training.log import Log
 from training.optimizer import factor, make_optimizer, set_learning_rate
 from training.plot import draw_run
+from training.recipes import settle
 from training.runtime import Runtime, clip_gradients, no_sync, whole
 from training.state import piece_of
 
@@ -41,6 +42,7 @@ def train(
     vocabulary: the tokenizer's file, kept with every checkpoint. evaluate: figures of the stage's validation.
     sample: lines to read at intervals, such as continuations of a few prompts.
     """
+    cfg = settle(cfg, cfg.total_steps(batches.steps_per_epoch), batches.signature.get("batch_tokens"))
     announce(cfg, runtime, model.args, batches)
     if cfg.estimate:
         return
@@ -287,6 +289,7 @@ class Run:
             "skipped": [self.skipped.total, self.skipped.in_a_row],
             "spikes": [list(self.spikes.losses), self.spikes.lasted],
             "signature": self.batches.signature,
+            "optimizer": self.cfg.optimizer,
             "scaler": self.scaler.state_dict(),
         }
         self.writer.save(self.step, self.model, self.optimizer, self.cfg, self.vocabulary, counters)
@@ -319,6 +322,7 @@ class Run:
             counters = checkpoint.restore(folder, self.model, self.optimizer)
         except checkpoint.Damaged as damage:
             return damage
+        check_same(folder, "optimizer", counters["optimizer"], self.cfg.optimizer)
         for name, value in self.batches.signature.items():
             check_same(folder, name, counters["signature"].get(name), value)
         self.step, self.tokens = counters["step"], counters["tokens"]

@@ -77,9 +77,9 @@ def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
 
     x: (B, T, heads, D). rope: (B or 1, T, D/2, 2).
     """
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, T, heads, D/2)
-    cos, sin = rope.unsqueeze(2).unbind(-1)  # (B or 1, T, 1, D/2)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)  # (B, T, heads, D/2)
+    cos, sin = rope.to(x.dtype).unsqueeze(2).unbind(-1)  # (B or 1, T, 1, D/2)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
 
 
 class KVCache:
@@ -315,7 +315,10 @@ def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, reduction: str = "
 
     x: (N, C). weight: (V, C). targets: (N,), `IGNORE` where no loss is borne. reduction: "mean" or "sum".
     """
-    total = ChunkedCrossEntropy.apply(x, weight, targets, torch.is_grad_enabled())
+    is_bf16 = x.dtype == torch.bfloat16 or torch.is_autocast_enabled(x.device.type)
+    by_vocabulary = x.device.type == "cpu" and is_bf16  # measured: docs/LOG.md
+    kernel = TiledCrossEntropy if by_vocabulary else ChunkedCrossEntropy
+    total = kernel.apply(x, weight, targets, torch.is_grad_enabled())
     return total / (targets != IGNORE).sum().clamp(min=1) if reduction == "mean" else total
 
 
@@ -330,7 +333,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, with_gradients: bool) -> Tensor:
         total = torch.zeros((), device=x.device)
         grads = (torch.zeros_like(x), torch.zeros_like(weight)) if with_gradients else (x, weight)
-        size = max(512, 2**22 // len(weight))
+        # On a GPU a chunk is larger: each adds to the whole gradient of the weight, in memory.
+        size = max(512, 2 ** (27 if x.is_cuda else 22) // len(weight))
         for xs, ts, grad_xs in zip(x.split(size), targets.split(size), grads[0].split(size), strict=True):
             bears_loss, ts = ts[:, None] != IGNORE, ts[:, None].clamp(min=0)  # (n, 1), (n, 1)
             log_p = F.linear(xs, weight).float().log_softmax(-1)  # (n, V)
@@ -346,6 +350,52 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         return *(grad * grad_total for grad in ctx.saved_tensors), None, None
+
+
+class TiledCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy for CPUs whose bf16 products are many times faster than their memory.
+
+    A tile is all tokens and a few vocabulary entries, small enough for the cache. The logits are made twice: for
+    their log-sum-exp, and again for the gradients, so that a row of the weight's gradient is written just once.
+    The idea is that of cut cross-entropy (https://arxiv.org/abs/2411.09009).
+    """
+
+    @staticmethod
+    @torch.compiler.disable
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, with_gradients: bool) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            xs, w = x.bfloat16(), weight.bfloat16()
+            bears_loss, ts = targets != IGNORE, targets.clamp(min=0)  # (N,), (N,)
+            size = max(512, 2**21 // max(1, len(xs)))
+            lse = torch.full((len(xs),), -math.inf)  # (N,)
+            for tile in w.split(size):
+                lse = torch.logaddexp(lse, F.linear(xs, tile).float().logsumexp(-1))
+            right = (xs.float() * w[ts].float()).sum(-1)  # (N,) logits of the targets
+            total = ((lse - right) * bears_loss).sum()
+            if with_gradients:
+                ctx.save_for_backward(*TiledCrossEntropy.gradients(xs, w, ts, bears_loss, lse, size))
+                ctx.dtypes = x.dtype, weight.dtype
+        return total
+
+    @staticmethod
+    def gradients(
+        xs: Tensor, w: Tensor, ts: Tensor, bears_loss: Tensor, lse: Tensor, size: int
+    ) -> tuple[Tensor, Tensor]:
+        """Of the sum, in fp32: of x (N, C) and of the weight (V, C). d loss / d logits = softmax - one-hot."""
+        xs = xs * bears_loss[:, None]
+        lse = lse.where(bears_loss, math.inf)[:, None]  # (N, 1); exp(logit - inf) = 0
+        grad_x, grad_w = torch.zeros(xs.shape), torch.empty(w.shape)
+        for tile, grad_tile in zip(w.split(size), grad_w.split(size), strict=True):
+            p = F.linear(xs, tile).float().sub_(lse).exp_().bfloat16()  # (N, size)
+            grad_x += p @ tile
+            grad_tile.copy_(p.T @ xs)
+        grad_x -= w[ts] * bears_loss[:, None]
+        return grad_x, grad_w.index_add_(0, ts, -xs.float())
+
+    @staticmethod
+    def backward(ctx, grad_total: Tensor) -> tuple[Tensor | None, ...]:
+        grads = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return *((grad * grad_total).to(dtype) for grad, dtype in grads), None, None
 
 
 def penalize_repetition(logits: Tensor, tokens: Tensor, real: Tensor, penalty: float) -> Tensor:

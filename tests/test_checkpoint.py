@@ -211,7 +211,7 @@ def test_a_run_with_a_background_writer_is_the_run_without(tokens, tmp_path) -> 
         "--keep_last",
         1,
     ]
-    tiny += ["--keep_every", 4, "--device", "cpu", "--eval_tokens", 3000]
+    tiny += ["--keep_every", 4, "--device", "cpu", "--precision", "fp32", "--eval_tokens", 3000]
     for name, value in (("plain", "False"), ("background", "True")):
         script("pretrain.py", *tiny, "--out", tmp_path / name, "--async_save", value)
     for step in (4, 8):

@@ -18,7 +18,20 @@ from training import checkpoint
 from training.log import read_log
 
 TINY = ["--dim", 32, "--n_layers", 2, "--n_heads", 2, "--max_seq_len", 32, "--batch_tokens", 352]
-TINY += ["--lr", 3e-3, "--log_every", 1, "--device", "cpu", "--timeout", 1, "--max_steps", 12]
+TINY += [
+    "--lr",
+    3e-3,
+    "--log_every",
+    1,
+    "--device",
+    "cpu",
+    "--precision",
+    "fp32",
+    "--timeout",
+    1,
+    "--max_steps",
+    12,
+]
 TINY += ["--micro_batch", 2, "--save_every", 4, "--keep_last", 9, "--eval_tokens", 3000]
 
 
@@ -134,7 +147,7 @@ def with_root() -> dict[str, str]:
 def test_fine_tuning_starts_from_a_sharded_checkpoint(sharded, corpus, tmp_path) -> None:
     script("sft_data_process.py", "--data", corpus / "sft", "--out", tmp_path / "sft.csv")
     options = ["--data", tmp_path / "sft.csv", "--init", sharded, "--max_steps", 3, "--log_every", 1]
-    options += ["--device", "cpu", "--batch", 5, "--micro_batch", 2, "--timeout", 1]
+    options += ["--device", "cpu", "--precision", "fp32", "--batch", 5, "--micro_batch", 2, "--timeout", 1]
     script("sft.py", *options, "--out", tmp_path / "one")
     torchrun(2, "sft.py", *options, "--out", tmp_path / "two", "--shard")
     ours, theirs = records(tmp_path / "two", "loss"), records(tmp_path / "one", "loss")

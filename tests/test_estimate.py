@@ -121,7 +121,18 @@ def test_a_row_of_the_table_is_arithmetic_from_the_data_sheet() -> None:
 
 def test_estimate_prints_and_exits_and_training_begins_with_it(tokens, tmp_path) -> None:
     shape = ["--dim", 32, "--n_layers", 1, "--n_heads", 2, "--max_seq_len", 64, "--batch_tokens", 512]
-    shape += ["--data", tokens, "--valid", tokens.parent / "valid.bin", "--device", "cpu", "--max_steps", 3]
+    shape += [
+        "--data",
+        tokens,
+        "--valid",
+        tokens.parent / "valid.bin",
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+        "--max_steps",
+        3,
+    ]
     shape += ["--out", tmp_path / "run", "--micro_batch", 4]
     asked = ["--estimate", "--hardware", "4090 x4", "H100", "--price", 2]
     done = script("pretrain.py", *shape, *asked)

@@ -117,7 +117,7 @@ def test_training_on_fitted_windows_resumes_with_another_number_of_processes(tok
     options = [
         "--data", data, "--valid", tokens.parent / "valid.bin", "--windows", "fit", "--document_mask", "--dim", 32,
         "--n_layers", 2, "--n_heads", 2, "--max_seq_len", 64, "--batch_tokens", 512, "--lr", 3e-3, "--log_every", 1,
-        "--device", "cpu", "--max_steps", 10, "--save_every", 4, "--keep_last", 9,
+        "--device", "cpu", "--precision", "fp32", "--max_steps", 10, "--save_every", 4, "--keep_last", 9,
     ]  # fmt: skip
     out = tmp_path / "out"
     torchrun(2, "pretrain.py", *options, "--out", out)

@@ -18,7 +18,7 @@ from training.log import Log, read_log
 from training.runtime import Runtime
 
 SHAPE = ["--dim", 32, "--n_layers", 1, "--n_heads", 2, "--max_seq_len", 64, "--batch_tokens", 512]
-SHAPE += ["--log_every", 2, "--device", "cpu", "--eval_tokens", 640]
+SHAPE += ["--log_every", 2, "--device", "cpu", "--precision", "fp32", "--eval_tokens", 640]
 
 # Names as drivers report them, the number of multiprocessors, and what must come of it.
 DEVICES = [

@@ -155,7 +155,8 @@ def annealed(tokens, tmp_path_factory) -> tuple[list[object], Path]:
     options = [
         "--data", tokens, tokens.parent / "valid.bin", "--valid", tokens.parent / "valid.bin", "--weights", 3, 1,
         "--anneal_weights", 1, 3, "--anneal_fraction", 0.5, "--document_mask", "--dim", 32, "--n_layers", 2,
-        "--n_heads", 2, "--max_seq_len", 64, "--batch_tokens", 512, "--lr", 3e-3, "--log_every", 1, "--device", "cpu",
+        "--n_heads", 2, "--max_seq_len", 64, "--batch_tokens", 512, "--lr", 3e-3, "--log_every", 1,
+        "--device", "cpu", "--precision", "fp32",
         "--max_steps", 12, "--save_every", 5, "--keep_last", 9,
     ]  # fmt: skip
     printed = script("pretrain.py", *options, "--out", out).stdout
@@ -204,7 +205,9 @@ def test_shares_that_cannot_be_drawn_are_one_clear_error(tmp_path) -> None:
 def test_a_file_too_short_for_a_window_cannot_have_a_share(tokens, tmp_path) -> None:
     np.arange(9, dtype="<u2").tofile(tmp_path / "short.bin")
     options = ["--data", tokens, tmp_path / "short.bin", "--weights", 1, 1, "--out", tmp_path / "out"]
-    failed = script("pretrain.py", *options, "--max_seq_len", 64, "--device", "cpu", ok=False).stderr
+    failed = script(
+        "pretrain.py", *options, "--max_seq_len", 64, "--device", "cpu", "--precision", "fp32", ok=False
+    ).stderr
     assert "short.bin" in failed
     assert len(failed.strip().splitlines()) == 1
 

@@ -31,7 +31,7 @@ TINY = [
     "--lr",
     2e-2,
 ]
-TINY += ["--log_every", 1, "--device", "cpu"]
+TINY += ["--log_every", 1, "--device", "cpu", "--precision", "fp32"]
 
 
 def arguments(tokens: Path, out: Path, *more: object) -> list[object]:
@@ -57,7 +57,7 @@ def tuned(unbroken, corpus, tmp_path_factory) -> Path:
     script("sft_data_process.py", "--data", corpus / "sft", "--out", folder / "sft.csv")
     script(
         "sft.py", "--data", folder / "sft.csv", "--init", unbroken, "--out", folder / "out",
-        "--max_steps", 12, "--log_every", 1, "--lr", 1e-3, "--device", "cpu",
+        "--max_steps", 12, "--log_every", 1, "--lr", 1e-3, "--device", "cpu", "--precision", "fp32",
     )  # fmt: skip
     return folder
 
@@ -196,7 +196,7 @@ def test_fine_tuning_lowers_the_loss_of_answers(tuned) -> None:
 def test_fine_tuning_in_two_processes_gives_the_same_curve(tuned, unbroken, tmp_path) -> None:
     torchrun(
         2, "sft.py", "--data", tuned / "sft.csv", "--init", unbroken, "--out", tmp_path / "two",
-        "--max_steps", 12, "--log_every", 1, "--lr", 1e-3, "--device", "cpu", "--micro_batch", 5,
+        "--max_steps", 12, "--log_every", 1, "--lr", 1e-3, "--device", "cpu", "--precision", "fp32", "--micro_batch", 5,
     )  # fmt: skip
     expected, curve = losses(tuned / "out"), losses(tmp_path / "two")
     assert max(abs(curve[s] - expected[s]) for s in expected) < 2e-3
@@ -236,7 +236,7 @@ def test_an_original_pth_loads_strictly_with_the_same_logits(prefix, tuned, voca
             "--out",
             tmp_path / "o",
         ]
-        script("sft.py", *sft, "--max_steps", 1, "--batch", 2, "--device", "cpu")
+        script("sft.py", *sft, "--max_steps", 1, "--batch", 2, "--device", "cpu", "--precision", "fp32")
 
 
 def test_damaged_checkpoints_are_one_clear_line(tuned, vocabulary, tmp_path) -> None:

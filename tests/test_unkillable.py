@@ -1,26 +1,31 @@
 """What a long run survives: bad steps, spikes, signals, full disks, hangs, killed processes."""
 
 import gc
+import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, script
 
 from model import IGNORE, ModelArgs, Transformer
 from stage import UserError
 from training import checkpoint, guards
 from training.config import TrainConfig
-from training.estimate import PROBES
 from training.loader import MicroBatch
 from training.log import Log, read_log
 from training.loop import train
-from training.optimizer import learning_rate
+from training.optimizer import factor as schedule
+from training.recipes import settle
 from training.runtime import Runtime
 
 ARGS = ModelArgs(dim=16, n_layers=1, n_heads=2, vocab_size=50, max_seq_len=8)
 TINY = ["--dim", 32, "--n_layers", 1, "--n_heads", 2, "--max_seq_len", 32, "--batch_tokens", 256]
-TINY += ["--lr", 3e-3, "--log_every", 1, "--device", "cpu", "--eval_tokens", 32]
+TINY += ["--lr", 3e-3, "--log_every", 1, "--device", "cpu", "--precision", "fp32", "--eval_tokens", 32]
 
 
 class Rows:
@@ -29,12 +34,16 @@ class Rows:
     steps_per_epoch, signature = 1000.0, {"seed": 0}
 
     def __init__(self) -> None:
-        self.asked: list[int] = []
+        self.known: dict[bytes, int] = {}  # tokens of a micro-batch -> its step
 
     def step(self, step: int) -> list[MicroBatch]:
-        self.asked.append(step)
         rows = torch.randint(1, 50, (4, 9), generator=torch.Generator().manual_seed(step))
-        return [MicroBatch(part[:, :-1], part[:, 1:]) for part in rows.split(2)]
+        parts = [MicroBatch(part[:, :-1], part[:, 1:]) for part in rows.split(2)]
+        self.known |= {part.tokens.numpy().tobytes(): step for part in parts}
+        return parts
+
+    def step_of(self, tokens: torch.Tensor) -> int:
+        return self.known.get(tokens.numpy().tobytes(), -1)
 
     def describe(self, step: int) -> str:
         return f"rows of {step}"
@@ -47,9 +56,13 @@ class Troubled(Transformer):
         torch.manual_seed(0)
         super().__init__(ARGS)
         self.rows, self.trouble = rows, trouble
+        self.seen: list[int] = []  # steps of the data trained on
 
-    def forward(self, *args, **kwargs):
-        return super().forward(*args, **kwargs) * self.trouble.get(self.rows.asked[-1], 1.0)
+    def forward(self, tokens, *args, **kwargs):
+        step = self.rows.step_of(tokens)
+        if self.training and step not in self.seen[-1:]:
+            self.seen.append(step)
+        return super().forward(tokens, *args, **kwargs) * self.trouble.get(step, 1.0)
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +79,7 @@ def handlers():
 
 
 def settings(out: Path, **values) -> TrainConfig:
-    return TrainConfig(out=out, lr=1e-2, log_every=1, eval_every=0, device="cpu", **values)
+    return TrainConfig(out=out, recipe="original", lr=1e-2, log_every=1, eval_every=0, device="cpu", **values)
 
 
 def run(cfg: TrainConfig, trouble: dict[int, float]) -> tuple[Troubled, Rows]:
@@ -79,7 +92,7 @@ def run(cfg: TrainConfig, trouble: dict[int, float]) -> tuple[Troubled, Rows]:
 
 def reference(steps: list[int], skip: set[int], total: int) -> dict[str, torch.Tensor]:
     """Weights after plain PyTorch training on these steps of the data, without those to be skipped."""
-    rows, cfg = Rows(), settings(Path())
+    rows, cfg = Rows(), settle(settings(Path()), total, None)
     torch.manual_seed(0)
     model = Transformer(ARGS)
     decayed = [p for p in model.parameters() if p.dim() > 1]
@@ -92,7 +105,7 @@ def reference(steps: list[int], skip: set[int], total: int) -> dict[str, torch.T
         if step in skip:
             continue
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, total, cfg)
+            group["lr"] = cfg.lr * schedule(step, total, cfg)
         parts = rows.step(step)
         x, y = (torch.cat([part[i] for part in parts]) for i in (0, 1))
         loss = torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten())
@@ -134,11 +147,11 @@ def test_a_spike_is_reported_once_and_a_rollback_leaves_its_data_out(tmp_path, c
     run(settings(tmp_path / "warn", **options), trouble)
     assert capfd.readouterr().out.count("远高于") == 1
     assert [r["step"] for r in read_log(tmp_path / "warn" / "log.jsonl") if "spike" in r] == [61]
-    model, rows = run(settings(tmp_path / "back", on_spike="rollback", **options), trouble)
+    model, _ = run(settings(tmp_path / "back", on_spike="rollback", **options), trouble)
     # Seen after three steps of it, at step 63; back to step 40; left out is all within 16 of the spike.
     left = [*range(44), *range(79, 100)]
-    trained = rows.asked[PROBES:]  # after what the estimate looks at
-    assert trained == [*range(63), *range(40, 44), *range(79, 100)]
+
+    assert model.seen == [*range(63), *range(40, 44), *range(79, 100)]
     assert_same_weights(model, reference(left, set(), 100))
     curve = [r["step"] for r in read_log(tmp_path / "back" / "log.jsonl") if "loss" in r]
     assert curve == [step + 1 for step in left]
@@ -243,3 +256,166 @@ def test_the_garbage_collector_is_quiet_while_training_and_only_then() -> None:
         assert gc.get_freeze_count()
     assert gc.isenabled()
     assert not gc.get_freeze_count()
+
+
+def command(tmp_path: Path, tokens: Path, *more: object, sabotage: str = "", processes: int = 0) -> list[str]:
+    """A command that runs pretrain.py as it is, or after some lines that spoil something."""
+    path = ROOT / "pretrain.py"
+    if sabotage:
+        path = tmp_path / "sabotaged.py"
+        lines = [
+            "import os, sys, time",
+            f"sys.path.insert(0, {str(ROOT)!r})",
+            "import pretrain, stage",
+            sabotage,
+        ]
+        lines.append("stage.run_stage(pretrain.Config, pretrain.main)")
+        path.write_text("\n".join(lines), encoding="utf-8")
+    several = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+        "--max-restarts=3",
+    ]
+    options = [
+        "--data",
+        tokens,
+        "--valid",
+        tokens.parent / "valid.bin",
+        "--out",
+        tmp_path / "out",
+        *TINY,
+        *more,
+    ]
+    return [str(word) for word in (sys.executable, *(several if processes else []), path, *options)]
+
+
+def finished(command: list[str]) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, capture_output=True, text=True, encoding="utf-8", timeout=300, env=environment
+    )
+
+
+def started(command: list[str], out: Path, steps: int) -> subprocess.Popen:
+    """A run that has logged so many steps."""
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, encoding="utf-8")
+    while process.poll() is None and len(read_log(out / "log.jsonl")) < steps:
+        time.sleep(0.01)
+    return process
+
+
+def test_twenty_kills_in_small(tokens, tmp_path) -> None:
+    options = ["--kills", 2, "--inside", 1, "--steps", 60, "--save_every", 5, "--work", tmp_path]
+    printed = script("bench/kills.py", "--data", tokens, *options).stdout
+    assert "same bytes" in printed
+    assert "same data" in printed
+
+
+def test_sigusr1_saves_and_ends_well_and_a_second_ctrl_c_ends_at_once(tokens, tmp_path) -> None:
+    long = command(tmp_path, tokens, "--max_steps", 100_000, "--save_every", 100_000)
+    process = started(long, tmp_path / "out", 3)
+    process.send_signal(signal.SIGUSR1)
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    (saved,) = checkpoint.list_steps(tmp_path / "out")
+    assert f"第 {int(saved.name[5:])} 步" in printed
+    slow = "pretrain.Transformer.forward = lambda *args, **kwargs: time.sleep(100)"
+    process = subprocess.Popen(
+        command(tmp_path, tokens, "--resume", sabotage=slow),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
+    )  # fmt: skip
+    assert any("开始" in line for line in process.stdout)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)  # waits for the step, which takes long
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert errors.strip() == "已中断。"
+
+
+FULL_DISK = """
+import errno, training.writer as c
+kept = c.tensor_files.write
+def write(path, *rest):
+    if {condition}:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    return kept(path, *rest)
+c.tensor_files.write = write
+"""
+
+
+def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run_but_the_last_one_does(
+    tokens, tmp_path
+) -> None:
+    in_the_middle = FULL_DISK.format(condition="'step_00000010' in str(path)")
+    options = ["--max_steps", 20, "--save_every", 5, "--keep_last", 9]
+    done = finished(command(tmp_path, tokens, *options, sabotage=in_the_middle))
+    assert done.returncode == 0, done.stderr
+    assert "step_00000010" in done.stdout
+    assert [int(f.name[5:]) for f in checkpoint.list_steps(tmp_path / "out")] == [5, 15, 20]
+    at_the_end = FULL_DISK.format(condition="'step_00000025' in str(path)")
+    options = ["--max_steps", 25, "--save_every", 5, "--keep_last", 9, "--resume"]
+    failed = finished(command(tmp_path, tokens, *options, sabotage=at_the_end))
+    assert failed.returncode == 1
+    assert "step_00000025" in failed.stderr.strip().splitlines()[-1]
+    assert checkpoint.list_steps(tmp_path / "out")[-1].name == "step_00000020"
+
+
+POISON = """
+import math, dataset
+kept, bad = dataset.PretrainBatches.step, set()
+def step(self, step):
+    parts = kept(self, step)
+    if (self.rank, step) == (1, 3):
+        bad.update(part.tokens.numpy().tobytes() for part in parts)
+    return parts
+dataset.PretrainBatches.step = step
+forward = pretrain.Transformer.forward
+def poisoned(self, tokens, *args, **kwargs):
+    return forward(self, tokens, *args, **kwargs) * (math.nan if tokens.numpy().tobytes() in bad else 1.0)
+pretrain.Transformer.forward = poisoned
+"""
+
+
+def test_with_several_processes_the_one_with_the_bad_batch_is_named(tokens, tmp_path) -> None:
+    done = finished(command(tmp_path, tokens, "--max_steps", 6, sabotage=POISON, processes=2))
+    assert done.returncode == 0, done.stderr
+    skipped = [r for r in read_log(tmp_path / "out" / "log.jsonl") if r.get("skipped")]
+    assert [(r["step"], r["ranks"]) for r in skipped] == [(4, [1])]
+    assert "进程 1 这一步的数据" in done.stdout
+    assert "进程 0 这一步的数据" not in done.stdout
+
+
+def test_a_hung_run_says_where_and_ends(tokens, tmp_path) -> None:
+    hangs = "pretrain.Transformer.forward = lambda *args, **kwargs: time.sleep(1000)"
+    done = finished(command(tmp_path, tokens, "--hang_timeout", 0.03, sabotage=hangs))
+    assert done.returncode == 1
+    assert "--hang_timeout" in done.stderr
+    assert "train_step" in done.stderr  # the stack of the main thread
+    assert "sabotaged.py" in done.stderr
+
+
+def test_a_killed_worker_is_restarted_and_the_run_goes_on_by_itself(tokens, tmp_path) -> None:
+    out, options = tmp_path / "out", ["--max_steps", 60, "--save_every", 5, "--resume"]
+    process = started(command(tmp_path, tokens, *options, processes=2), out, 12)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if not children.is_file():
+        pytest.skip("needs /proc to find the workers")
+    os.kill(int(children.read_text().split()[1]), signal.SIGKILL)
+    printed, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert "完成" in printed
+    assert printed.count("步开始") == 2
+    curve = {r["step"]: r for r in read_log(out / "log.jsonl") if "loss" in r}
+    assert sorted(curve) == list(range(1, 61))
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    assert finished(command(alone, tokens, "--max_steps", 60)).returncode == 0
+    expected = {r["step"]: r for r in read_log(alone / "out" / "log.jsonl") if "loss" in r}
+    assert all(curve[step]["data"] == record["data"] for step, record in expected.items())
+    assert max(abs(curve[step]["loss"] - record["loss"]) for step, record in expected.items()) < 1e-3

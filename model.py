@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100  # targets with this value bear no loss
 
@@ -185,6 +186,9 @@ class Transformer(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.args = args
+        self.recompute = (
+            False  # keep only each layer's input for backward, and make the rest again: less memory
+        )
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
         self.dropout = nn.Dropout(args.dropout)
         self.layers = nn.ModuleList(TransformerBlock(args, i) for i in range(args.n_layers))
@@ -234,7 +238,10 @@ class Transformer(nn.Module):
             mask = document_mask(documents)  # (B, 1, T, T)
         x = self.dropout(self.tok_embeddings(tokens))  # (B, T, C)
         for layer in self.layers:
-            x = layer(x, rope, cache, mask)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(layer, x, rope, cache, mask, use_reentrant=False)
+            else:
+                x = layer(x, rope, cache, mask)
         if cache is not None:
             cache.used += T
         x = self.norm(x)
@@ -322,6 +329,14 @@ def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, reduction: str = "
     return total / (targets != IGNORE).sum().clamp(min=1) if reduction == "mean" else total
 
 
+def vocabulary_multiple(device: torch.device) -> int:
+    """What the vocabulary is filled up to for matrix products: tensor cores want aligned rows, 64,793 is odd.
+
+    https://docs.nvidia.com/deeplearning/performance/dl-performance-matrix-multiplication/index.html
+    """
+    return 64 if device.type == "cuda" else 1
+
+
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy, a chunk of tokens at a time; the gradients are made while a chunk's logits exist.
 
@@ -331,20 +346,28 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, with_gradients: bool) -> Tensor:
-        total = torch.zeros((), device=x.device)
-        grads = (torch.zeros_like(x), torch.zeros_like(weight)) if with_gradients else (x, weight)
+        V, device, total = len(weight), x.device, torch.zeros((), device=x.device)
+        if extra := -V % vocabulary_multiple(device):
+            is_mixed = torch.is_autocast_enabled(device.type)
+            dtype = torch.get_autocast_dtype(device.type) if is_mixed else weight.dtype
+            weight = F.pad(weight.to(dtype), (0, 0, 0, extra))  # (V + extra, C)
+        grads = (
+            (torch.zeros_like(x), torch.zeros_like(weight, dtype=x.dtype)) if with_gradients else (x, weight)
+        )
         # On a GPU a chunk is larger: each adds to the whole gradient of the weight, in memory.
-        size = max(512, 2 ** (27 if x.is_cuda else 22) // len(weight))
+        size = max(512, 2 ** (27 if x.is_cuda else 22) // V)
         for xs, ts, grad_xs in zip(x.split(size), targets.split(size), grads[0].split(size), strict=True):
             bears_loss, ts = ts[:, None] != IGNORE, ts[:, None].clamp(min=0)  # (n, 1), (n, 1)
-            log_p = F.linear(xs, weight).float().log_softmax(-1)  # (n, V)
+            logits = F.linear(xs, weight)  # (n, V + extra)
+            logits[:, V:] = -math.inf
+            log_p = logits.float().log_softmax(-1)
             total -= (log_p.gather(1, ts) * bears_loss).sum()
             if with_gradients:  # d loss / d logits = softmax - one-hot
                 grad = log_p.exp_().scatter_add_(1, ts, log_p.new_full(ts.shape, -1)).mul_(bears_loss)
                 grad = grad.to(xs.dtype)
                 grad_xs.copy_(grad @ weight)
                 grads[1].add_(grad.T @ xs)
-        ctx.save_for_backward(*grads)
+        ctx.save_for_backward(grads[0], grads[1][:V])
         return total
 
     @staticmethod

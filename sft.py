@@ -35,6 +35,7 @@ class Config(TrainConfig):
     lr: float | None = 2e-5  # 最大学习率
     min_lr: float | None = 1e-6  # 最终学习率
     weight_decay: float | None = 1e-4  # 权重衰减（只作用于矩阵）
+    compile: bool | None = False  # 编译模型；批的长度各不相同，要反复编译，所以默认不用
     epochs: float = 2.0  # 训练几遍数据
     batch: int = 32  # 每步的样本数（所有进程合计）
 

@@ -252,3 +252,24 @@ def test_costs_count_what_a_child_starts():
         assert cost.memory > cost.largest and cost.memory > cost.anonymous > 150e6
     with pytest.raises(UserError, match="ZeroDivisionError"):
         run_measured([sys.executable, "-c", "1 / 0"])
+
+
+def test_training_speed_compares_ways_on_the_same_shape(tmp_path) -> None:
+    options = [
+        "--models",
+        "demo",
+        "--ways",
+        "original",
+        "ours",
+        "--micro_batch",
+        1,
+        "--steps",
+        1,
+        "--rounds",
+        1,
+    ]
+    printed = script("bench/training_speed.py", *options, "--out", tmp_path / "speed.json").stdout
+    results = json.loads((tmp_path / "speed.json").read_text(encoding="utf-8"))
+    assert [r["way"] for r in results] == ["original", "ours"]
+    assert all(r["tokens_per_second"] > 0 and r["memory"] > 1e8 for r in results)
+    assert all(name in printed for name in ("original", "ours", "of fp32 peak"))

@@ -207,3 +207,51 @@ def test_impossible_shapes_are_refused() -> None:
     for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len", "vocab_size"):
         with pytest.raises(ValueError, match="at least 1"):
             ModelArgs(**{name: 0})
+
+
+def test_a_vocabulary_filled_up_for_the_gpu_changes_nothing(monkeypatch) -> None:
+    torch.manual_seed(0)
+    x, weight, targets = torch.randn(30, 16), torch.randn(101, 16), torch.randint(0, 101, (30,))
+
+    def run() -> list[torch.Tensor]:
+        a, b = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss = cross_entropy(a, b, targets)
+        loss.backward()
+        return [loss.detach(), a.grad, b.grad]
+
+    expected = run()
+    monkeypatch.setattr("model.vocabulary_multiple", lambda device: 64)
+    for ours, plain in zip(run(), expected, strict=True):
+        torch.testing.assert_close(ours, plain)
+
+
+@pytest.mark.parametrize(("tokens", "vocabulary"), [(7, 50), (700, 3001)])
+def test_the_loss_in_bf16_by_tiles_equals_the_plain_one(tokens: int, vocabulary: int) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(tokens, 32), 0.3 * torch.randn(vocabulary, 32)
+    targets = torch.randint(0, vocabulary, (tokens,))
+    targets[::3] = IGNORE
+    a, b = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = cross_entropy(a, b, targets)
+        assert torch.equal(cross_entropy(a.detach(), b.detach(), targets), ours)
+    ours.backward()
+    c, d = x.bfloat16().float().requires_grad_(), weight.bfloat16().float().requires_grad_()
+    plain = F.cross_entropy(c @ d.T, targets, ignore_index=IGNORE)
+    plain.backward()
+    torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-3)
+    for ours_grad, grad in ((a.grad, c.grad), (b.grad, d.grad)):
+        assert (ours_grad - grad).norm() < 5e-3 * grad.norm()
+
+
+def test_recomputing_layers_changes_no_gradient() -> None:
+    torch.manual_seed(0)
+    network = Transformer(ModelArgs(dim=32, n_layers=2, n_heads=2, vocab_size=50, max_seq_len=16))
+    tokens = torch.randint(0, 50, (2, 16))
+    network(tokens, tokens).backward()
+    expected = {name: p.grad.clone() for name, p in network.named_parameters()}
+    network.zero_grad()
+    network.recompute = True
+    network(tokens, tokens).backward()
+    for name, p in network.named_parameters():
+        assert torch.equal(p.grad, expected[name])

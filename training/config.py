@@ -23,7 +23,8 @@ class TrainConfig(StageConfig):
     shard: bool = False  # 多卡时把权重、梯度、优化器状态切分到各卡（FSDP），用于一张卡放不下的模型
     timeout: float = 10.0  # 多卡时一个进程最多等其他进程多少分钟
     deterministic: bool = False  # 只用结果可逐位重现的算法（显卡上稍慢）
-    compile: bool = False  # 用 torch.compile 编译模型（第一步较慢，之后更快）
+    compile: bool | None = None  # 用 torch.compile 编译模型（第一步较慢，之后更快）；默认显卡上编译
+    recompute: bool = False  # 反向时重算每一层，不保存中间结果：省显存，慢约三分之一
 
     recipe: Literal["muon", "original"] = "muon"  # 配方：下面这些没有写明的设置由它决定（docs/recipe.md）
     optimizer: Literal["muon", "adamw"] | None = None  # 层内矩阵的优化器；其余参数总是 AdamW

@@ -104,7 +104,7 @@ class Run:
             )
         if self.cfg.resume and not self.restore(found):
             self.runtime.print(f"{self.cfg.out} 里没有可用的检查点，从头开始。")
-        self.wrapped = self.runtime.wrap(self.model, self.cfg.compile)
+        self.wrapped = self.runtime.wrap(self.model, self.cfg.compile, self.cfg.recompute)
         self.model.train()
         self.runtime.print(
             f"{self.runtime.describe()}；参数 {self.model.num_params() / 1e6:.2f}M；共 {self.total} 步，"

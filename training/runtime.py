@@ -121,12 +121,15 @@ class Runtime:
             fully_shard(layer, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)
 
-    def wrap(self, model: Transformer, compile_it: bool) -> nn.Module:
-        """The model as the loop calls it: compiled, with gradients averaged over processes."""
+    def wrap(self, model: Transformer, compile_it: bool | None, recompute: bool) -> nn.Module:
+        """The model as the loop calls it: compiled, with gradients averaged over processes.
+
+        compile_it: None compiles where it pays without a compiler to install, on a GPU.
+        """
+        model.recompute = recompute
+        compile_it = self.device.type == "cuda" if compile_it is None else compile_it
         if self.sharded:
-            for layer in (
-                model.layers if compile_it else ()
-            ):  # a block at a time: FSDP's gathering is in between
+            for layer in model.layers if compile_it else ():  # one at a time: FSDP gathers in between
                 layer.forward = torch.compile(layer.forward)
             return model
         wrapped = torch.compile(model) if compile_it else model

@@ -389,7 +389,7 @@ class TiledCrossEntropy(torch.autograd.Function):
         with torch.autocast("cpu", enabled=False):
             xs, w = x.bfloat16(), weight.bfloat16()
             bears_loss, ts = targets != IGNORE, targets.clamp(min=0)  # (N,), (N,)
-            size = max(512, 2**21 // max(1, len(xs)))
+            size = max(512, 2**22 // max(1, len(xs)))
             lse = torch.full((len(xs),), -math.inf)  # (N,)
             for tile in w.split(size):
                 lse = torch.logaddexp(lse, F.linear(xs, tile).float().logsumexp(-1))

@@ -27,9 +27,10 @@ from glob import escape
 from pathlib import Path
 from typing import Any, ClassVar
 
-# OpenMP threads that spin at barriers make a training step on two cores 1.3 to 5 times slower as soon as anything
-# else runs, and gain 5 % when nothing does (docs/LOG.md). libgomp reads this when torch is first imported.
-os.environ.setdefault("GOMP_SPINCOUNT", "0")
+# OpenMP threads that wait at a barrier spin, by default for milliseconds: on two cores a training step is then 1.3 to
+# 5 times slower as soon as anything else runs. A short spin costs nothing then and is faster when nothing does
+# (docs/LOG.md). libgomp reads this when torch is first imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 ROOT = Path(__file__).resolve().parent
 DEMO_DIR = ROOT / "data" / "demo"

@@ -38,7 +38,7 @@ class TrainConfig(StageConfig):
     beta1: float | None = None  # AdamW 的一阶动量系数
     beta2: float | None = None  # AdamW 的二阶动量系数
     clip: float | None = None  # 梯度范数裁剪；0 为不裁剪
-    muon_steps: int = 5  # Muon 的 Newton-Schulz 迭代次数
+    muon_steps: int = 3  # Muon 的 Newton-Schulz 迭代次数
 
     epochs: float = 1.0  # 训练几遍数据
     max_steps: int = 0  # 训练多少步；0 为由 epochs 决定

@@ -77,10 +77,11 @@ def rate_scale(batch_tokens: int, total: int) -> float:
     """What the recipe's rates, found at `good_batch`, are multiplied with in a run of `total` steps.
 
     Noise falls as 1/sqrt(batch), and the rate may go with that (https://arxiv.org/abs/2205.10287); since a good
-    batch is the square root of the run, at one batch the rate falls as run ** -0.25. That it must fall, about as
-    a power, is measured for AdamW in https://arxiv.org/abs/2409.19913.
+    batch is the square root of the run, at one batch the rate falls as run ** -0.25 (measured by others: -0.2 to
+    -0.3, https://arxiv.org/abs/2409.19913). Far beyond a good batch the best rate no longer rises
+    (https://arxiv.org/abs/2405.14578): sqrt(2) is as far as this goes.
     """
-    return math.sqrt(batch_tokens / good_batch(batch_tokens * total))
+    return min(math.sqrt(2), math.sqrt(batch_tokens / good_batch(batch_tokens * total)))
 
 
 def choose_batch(recipe: str, data_tokens: float, window: int) -> int:

@@ -77,7 +77,7 @@ def test_muon_is_torchs_muon_for_hidden_matrices_and_torchs_adamw_for_the_rest()
     hidden = [p for n, p in theirs.named_parameters() if n.startswith("layers.") and p.dim() == 2]
     vectors = [p for p in theirs.parameters() if p.dim() == 1]
     references = [
-        torch.optim.Muon(hidden, lr=0.05, weight_decay=0.2, momentum=0.95),
+        torch.optim.Muon(hidden, lr=0.05, weight_decay=0.2, momentum=0.95, ns_steps=cfg.muon_steps),
         torch.optim.AdamW(
             [
                 # A step forgets the same part of every matrix: 0.05 * 0.2 = 0.01 * 1.0.
@@ -259,14 +259,16 @@ def test_a_recipe_fills_in_what_is_left_open_and_no_more() -> None:
     assert settle(TrainConfig(recipe="original"), 500, None).warmup == 50  # never more than a tenth …
     assert settle(TrainConfig(warmup=400), 500, None).warmup == 400  # … unless it was asked for
     ours = settle(TrainConfig(), total=1000, batch_tokens=1000)
-    larger = settle(TrainConfig(), total=1000, batch_tokens=16_000)
+    larger = settle(TrainConfig(), total=1000, batch_tokens=2000)
+    far_larger = settle(TrainConfig(), total=7, batch_tokens=16_000)
     longer = settle(TrainConfig(), total=16_000, batch_tokens=1000)
     assert ours.lr == RECIPES["muon"]["lr"]  # 1000 is the square root of 1000 * 1000
-    assert (larger.lr, larger.table_lr) == pytest.approx((2 * ours.lr, 2 * ours.table_lr))
+    assert larger.lr == pytest.approx(2**0.25 * ours.lr)
+    assert far_larger.lr == pytest.approx(2**0.5 * ours.lr)  # no further
     assert (longer.lr, longer.table_lr) == pytest.approx((ours.lr / 2, ours.table_lr / 2))
     for cfg, total in ((larger, 1000), (longer, 16_000)):  # weights remember the same part of a run
         assert cfg.lr * cfg.weight_decay * total == pytest.approx(ours.lr * ours.weight_decay * 1000)
-    chosen = settle(TrainConfig(lr=0.01, weight_decay=0.0), total=1000, batch_tokens=16_000)
+    chosen = settle(TrainConfig(lr=0.01, weight_decay=0.0), total=1000, batch_tokens=2000)
     assert (chosen.lr, chosen.weight_decay, chosen.table_lr) == (0.01, 0.0, larger.table_lr)
     with pytest.raises(UserError, match="min_lr"):
         settle(TrainConfig(min_lr=1.0), total=1000, batch_tokens=1000)

@@ -121,7 +121,7 @@ class Runtime:
             fully_shard(layer, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)
 
-    def wrap(self, model: Transformer, compile_it: bool | None, recompute: bool) -> nn.Module:
+    def wrap(self, model: Transformer, compile_it: bool | None, recompute: bool = False) -> nn.Module:
         """The model as the loop calls it: compiled, with gradients averaged over processes.
 
         compile_it: None compiles where it pays without a compiler to install, on a GPU.

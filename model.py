@@ -390,10 +390,13 @@ class TiledCrossEntropy(torch.autograd.Function):
             xs, w = x.bfloat16(), weight.bfloat16()
             bears_loss, ts = targets != IGNORE, targets.clamp(min=0)  # (N,), (N,)
             size = max(512, 2**22 // max(1, len(xs)))
-            lse = torch.full((len(xs),), -math.inf)  # (N,)
-            for tile in w.split(size):
-                lse = torch.logaddexp(lse, F.linear(xs, tile).float().logsumexp(-1))
-            right = (xs.float() * w[ts].float()).sum(-1)  # (N,) logits of the targets
+            lse, right = torch.full((2, len(xs)), -math.inf)  # (N,) log-sum-exp, and logits of the targets
+            for i, tile in enumerate(w.split(size)):
+                logits = F.linear(xs, tile).float()  # (N, size)
+                lse = torch.logaddexp(lse, logits.logsumexp(-1))
+                place = ts - i * size  # where the target is in this tile, if it is
+                found = logits.gather(1, place.clamp(0, len(tile) - 1)[:, None])[:, 0]
+                right = found.where((place >= 0) & (place < len(tile)), right)
             total = ((lse - right) * bears_loss).sum()
             if with_gradients:
                 ctx.save_for_backward(*TiledCrossEntropy.gradients(xs, w, ts, bears_loss, lse, size))

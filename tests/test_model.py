@@ -255,3 +255,14 @@ def test_recomputing_layers_changes_no_gradient() -> None:
     network(tokens, tokens).backward()
     for name, p in network.named_parameters():
         assert torch.equal(p.grad, expected[name])
+
+
+def test_the_loss_of_certain_targets_in_bf16_is_never_negative() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(3000, 64)
+    targets = torch.randint(0, 3000, (500,))
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = [float(cross_entropy(weight[t][None], weight, t[None])) for t in targets[:50]]
+        total = float(cross_entropy(weight[targets], weight, targets))
+    assert min(losses) >= -1e-6
+    assert -1e-6 <= total < 0.01

@@ -156,9 +156,8 @@ class PretrainBatches:
         phases = phases or [Phase(0, whole_weights(windows.counts))]
         in_draws = [Phase(phase.begin * batch, phase.weights) for phase in phases]
         self.mixture = Mixture(windows.counts, in_draws, seed)
-        self.steps_per_epoch = (
-            len(windows) / batch
-        )  # as many tokens as all the files hold, whatever their shares
+        # As many tokens as all the files hold, whatever their shares.
+        self.steps_per_epoch = len(windows) / batch
         self.signature = {
             "batch_tokens": batch * windows.seq_len,
             "windows": len(windows),

@@ -22,9 +22,8 @@ from model import IGNORE
 from stage import UserError, atomic_path
 from training.loader import MicroBatch
 
-BLOCK = (
-    1 << 24
-)  # tokens packed together: some ten thousand documents, of which the last windows stay half empty
+# Tokens packed together: some ten thousand documents, of which the last windows stay half empty.
+BLOCK = 1 << 24
 FILES = {"starts": np.dtype("<i8"), "lengths": np.dtype("<i4"), "ends": np.dtype("<i8")}
 
 

@@ -50,9 +50,7 @@ class Config(TrainConfig):
     dropout: float | None = None  # 随机失活
     tie_embeddings: bool = True  # 输出层与词嵌入共用一个矩阵
 
-    batch_tokens: int | None = (
-        None  # 每步的 token 数（所有进程合计），默认由 --recipe 和数据量决定；放不下就累积梯度
-    )
+    batch_tokens: int | None = None  # 每步的 token 数（所有进程合计）；默认由 --recipe 和数据量决定
     eval_tokens: int = 1_000_000  # 验证最多用多少 token（每次都是同一批）
 
     DEMO = dict(

@@ -18,6 +18,7 @@ from training import checkpoint
 from training import runtime as rt
 from training.config import TrainConfig
 from training.loop import train
+from training.recipes import settle
 
 
 @dataclass
@@ -72,6 +73,7 @@ def main(cfg: Config) -> None:
         runtime.print(f"从 {start.path} 开始。")
         training, validation = load_data(cfg, start.tokenizer, start.model.args.max_seq_len, runtime)
         batches = SftBatches(training, cfg.batch, cfg.micro_batch, runtime.rank, runtime.world, cfg.seed)
+        cfg = settle(cfg, cfg.total_steps(batches.steps_per_epoch), None)
         evaluate = make_evaluate(cfg, validation, runtime)
         train(cfg, runtime, start.model, start.tokenizer.content, batches, evaluate)
 

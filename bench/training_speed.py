@@ -80,8 +80,10 @@ def measure(cfg: Config, model: str, way: str) -> tuple[float, int]:
 
 def show(cfg: Config, model: str, found: dict[str, list[tuple[float, int]]]) -> list[dict]:
     """Print the figures of a shape; returns them."""
+    from training.estimate import flops_per_token
+
     args, peaks = model_args(cfg, model), matrix_speed()
-    flops = 6 * count(args) + 12 * args.n_layers * args.dim * args.max_seq_len
+    flops = flops_per_token(args, args.max_seq_len)
     rows, results = [], []
     base_speed, base_memory = (statistics.median(v) for v in zip(*found[cfg.ways[0]], strict=True))
     for way, values in found.items():
@@ -110,12 +112,6 @@ def model_args(cfg: Config, model: str):
 
     shape = PRESETS[model] | ({"max_seq_len": cfg.max_seq_len} if cfg.max_seq_len else {})
     return ModelArgs(**shape, vocab_size=5000 if model == "demo" else cfg.vocab_size)
-
-
-def count(args) -> int:
-    from training.estimate import count_parameters
-
-    return sum(count_parameters(args).values())
 
 
 def matrix_speed() -> dict[str, float]:

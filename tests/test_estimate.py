@@ -92,9 +92,11 @@ def test_memory_is_what_a_process_needs(shape) -> None:
 
 def test_what_is_advised_fits_and_one_more_does_not() -> None:
     args = ModelArgs(**PRESETS["92M"])
-    plan = Plan(args, torch.bfloat16, 512, 512, accumulates=False, tokens_per_step=2**18, steps=10)
+    plan = Plan(
+        args, torch.bfloat16, 512, 512, accumulates=False, tokens_per_step=2**18, steps=10, device="cuda"
+    )
     available = 24 * 2**30
-    (warning,) = [line for line in estimate.describe(plan, available, "cuda") if "放不下" in line]
+    (warning,) = [line for line in estimate.describe(plan, available) if "放不下" in line]
     rows = int(re.search(r"--micro_batch (\d+)", warning)[1])
     needs = [
         estimate.memory(dataclasses.replace(plan, rows=r, accumulates=True)).peak for r in (rows, rows + 1)
@@ -102,13 +104,15 @@ def test_what_is_advised_fits_and_one_more_does_not() -> None:
     assert needs[0] <= available * estimate.USABLE < needs[1]
     assert estimate.largest_micro_batch(plan, 1e9, recompute=False) == 0
     assert estimate.largest_micro_batch(plan, available, recompute=True) > 2 * rows
-    assert not [line for line in estimate.describe(plan, 10**12, "cuda") if "放不下" in line]
+    assert not [line for line in estimate.describe(plan, 10**12) if "放不下" in line]
 
 
 def test_a_row_of_the_table_is_arithmetic_from_the_data_sheet() -> None:
     # 92M on four 3090s at 35 %: 0.376 GFLOP a token, 4 x 71 TFLOP/s -> 264,000 tokens/s; 10^10 tokens, 10.5 hours.
     args = ModelArgs(**PRESETS["92M"])
-    plan = Plan(args, torch.bfloat16, 32, 512, accumulates=False, tokens_per_step=1e6, steps=10_000)
+    plan = Plan(
+        args, torch.bfloat16, 32, 512, accumulates=False, tokens_per_step=1e6, steps=10_000, device="cuda"
+    )
     name, speed, time, energy, cost, rows, recomputed = estimate.hardware_row(
         plan, *hardware.parse_hardware("3090 x4"), mfu=0.35, price=1.5
     )

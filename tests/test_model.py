@@ -220,7 +220,7 @@ def test_a_vocabulary_filled_up_for_the_gpu_changes_nothing(monkeypatch) -> None
         return [loss.detach(), a.grad, b.grad]
 
     expected = run()
-    monkeypatch.setattr("model.vocabulary_multiple", lambda device: 64)
+    monkeypatch.setattr("loss.vocabulary_multiple", lambda device: 64)
     for ours, plain in zip(run(), expected, strict=True):
         torch.testing.assert_close(ours, plain)
 

@@ -86,6 +86,7 @@ def run(cfg: TrainConfig, trouble: dict[int, float]) -> tuple[Troubled, Rows]:
     """Train in this process, with trouble at some steps of the data."""
     rows = Rows()
     model = Troubled(rows, trouble)
+    cfg = settle(cfg, cfg.total_steps(rows.steps_per_epoch), None)
     train(cfg, Runtime(torch.device("cpu"), torch.float32), model, b"vocabulary", rows, lambda model: {})
     return model, rows
 

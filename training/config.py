@@ -48,6 +48,7 @@ class TrainConfig(StageConfig):
     save_every: int = 500  # 每多少步保存检查点
     keep_last: int = 2  # 保留最近几个检查点
     keep_every: int = 0  # 步数是它倍数的检查点永久保留；0 为不额外保留
+    async_save: bool | None = None  # 在后台写检查点（主机内存多占每参数 12 字节）；默认显卡上是、CPU 上否
     sample_every: int = 500  # 每多少步让模型续写几个开头；0 为从不
 
     max_skipped: int = 5  # 损失或梯度不是有限数的步会被跳过；连续这么多步就停止
@@ -66,8 +67,6 @@ class TrainConfig(StageConfig):
     def total_steps(self, steps_per_epoch: float) -> int:
         """How many steps the run has."""
         return self.max_steps or math.ceil(self.epochs * steps_per_epoch)
-
-    async_save: bool | None = None  # 在后台写检查点（主机内存多占每参数 12 字节）；默认显卡上是、CPU 上否
 
     def check(self) -> None:
         """Raise UserError for settings that cannot work."""

@@ -15,25 +15,22 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from loss import chunk_tokens
 from model import ModelArgs, Transformer
 from sources.report import table
 from training.config import TrainConfig
 from training.hardware import GPUS, Gpu, device_memory, parse_hardware
+from training.loader import Batches
 from training.runtime import Runtime
-
-if TYPE_CHECKING:
-    from training.loop import Batches
 
 HARDWARE = ("3090", "3090 x4", "4090", "4090 x4", "5090", "A100", "A100 x8", "H20 x8", "H100", "H100 x8")
 USABLE = 0.92  # of a GPU's memory: the rest is the driver's, the allocator's gaps and NCCL's
-PROCESS = (
-    0.35e9  # of a training process on a CPU besides its tensors: Python, torch, buffers of matrix products
-)
+# Of a training process on a CPU besides its tensors: Python, torch, buffers of matrix products.
+PROCESS = 0.35e9
 PROBES = 8  # steps of the data that are looked at
 PROBE_FLOPS = 1e12  # of a pass when the speed is measured: a few seconds on a slow CPU
 # Bytes per logit of a chunk: logits, their log-softmax, and what the chunk before left.
@@ -51,6 +48,7 @@ class Plan:
     accumulates: bool  # whether a step has several micro-batches
     tokens_per_step: float  # of all processes
     steps: int
+    device: str = "cpu"  # its type
     muon: bool = False  # whether the hidden matrices have Muon's one moment instead of AdamW's two
     shards: int = 1  # over how many processes weights, gradients and optimizer state are split
 
@@ -115,7 +113,8 @@ def memory(plan: Plan, recompute: bool = False) -> Memory:
         activations += 2 * parameters  # the copies of the weights that autocast keeps
     output = 4 * args.vocab_size * args.dim
     around = 4 * inputs  # the last norm, its result and the gradient of that
-    chunk = max(512, 2**22 // args.vocab_size) * args.vocab_size * HEAD_CHUNK_BYTES[plan.dtype]
+    logits = min(tokens, chunk_tokens(plan.device, args.vocab_size)) * args.vocab_size
+    chunk = logits * HEAD_CHUNK_BYTES[plan.dtype]
     head = around + output + max(output, chunk)
     forward = activations + head + (state if plan.accumulates else 0)
     backward = state + 2 * output
@@ -132,7 +131,7 @@ def largest_micro_batch(plan: Plan, available: float, recompute: bool = False) -
     return fits
 
 
-def make_plan(cfg: TrainConfig, runtime: Runtime, args: ModelArgs, batches: "Batches") -> Plan:
+def make_plan(cfg: TrainConfig, runtime: Runtime, args: ModelArgs, batches: Batches) -> Plan:
     """The work of a run, from a look at some steps of its data."""
     steps = cfg.total_steps(batches.steps_per_epoch)
     span = max(1, min(steps, int(batches.steps_per_epoch)))
@@ -147,17 +146,18 @@ def make_plan(cfg: TrainConfig, runtime: Runtime, args: ModelArgs, batches: "Bat
         tokens_per_step=runtime.world
         * float(np.mean([sum(int((mb.tokens != 0).sum()) for mb in s) for s in seen])),
         steps=steps,
+        device=runtime.device.type,
         muon=cfg.optimizer == "muon",
         shards=runtime.world if cfg.shard else 1,
     )
 
 
-def announce(cfg: TrainConfig, runtime: Runtime, args: ModelArgs, batches: "Batches") -> None:
+def announce(cfg: TrainConfig, runtime: Runtime, args: ModelArgs, batches: Batches) -> None:
     """Print what the run needs; with --estimate also its speed here, and what it would take on other hardware."""
     if not runtime.is_main:
         return
     plan = make_plan(cfg, runtime, args, batches)
-    for line in describe(plan, device_memory(runtime.device), runtime.device.type):
+    for line in describe(plan, device_memory(runtime.device)):
         print(line, flush=True)
     if peak := runtime.peak_flops():
         speed = runtime.world * peak * cfg.mfu / flops_per_token(args, plan.length)
@@ -171,13 +171,13 @@ def announce(cfg: TrainConfig, runtime: Runtime, args: ModelArgs, batches: "Batc
         print(compare(plan, cfg.hardware, cfg.mfu, cfg.price), flush=True)
 
 
-def describe(plan: Plan, available: int | None, device: str) -> list[str]:
+def describe(plan: Plan, available: int | None) -> list[str]:
     """Parameters, memory and computation of a run, a line each."""
     parts = count_parameters(plan.args)
     each = "、".join(f"{name} {count / 1e6:.1f}M" for name, count in parts.items() if count)
     whole, less = memory(plan), memory(plan, recompute=True)
     flops = flops_per_token(plan.args, plan.length)
-    process = PROCESS if device == "cpu" else 0.0
+    process = PROCESS if plan.device == "cpu" else 0.0
     lines = [
         f"  参数 {sum(parts.values()) / 1e6:.2f}M：{each}",
         f"  内存 每个进程最多约 {gigabytes(whole.peak + process)}"
@@ -189,7 +189,7 @@ def describe(plan: Plan, available: int | None, device: str) -> list[str]:
         f"  计算 每 token {flops / 1e9:.3g} GFLOP；{plan.steps:,} 步 × {plan.tokens_per_step:,.0f} token = "
         f"{plan.tokens / 1e6:,.1f}M token，共 {flops * plan.tokens:.3g} FLOP",
     ]
-    usable = available * (USABLE if device == "cuda" else 1.0) if available else None
+    usable = available * (USABLE if plan.device == "cuda" else 1.0) if available else None
     if usable and whole.peak + process > usable:
         rows = largest_micro_batch(plan, usable - process)
         remedy = (
@@ -207,7 +207,7 @@ def compare(plan: Plan, hardware: Sequence[str], mfu: float, price: float) -> st
         chosen = [(gpu, 1) for gpu in GPUS]
     else:
         chosen = [parse_hardware(text) for text in hardware or HARDWARE]
-    plan = replace(plan, dtype=torch.bfloat16)
+    plan = replace(plan, dtype=torch.bfloat16, device="cuda")
     rows = [hardware_row(plan, gpu, count, mfu, price) for gpu, count in chosen]
     header = ("硬件", "token/s", "用时", "电 kWh", "费用", "micro_batch 上限", "重算时")
     cost = f"费用 = {price:g} × 卡数 × 小时" if price else "费用：用 --price 给出每张卡每小时的价格"

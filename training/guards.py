@@ -108,9 +108,8 @@ def tally(micro_batches: Sequence[MicroBatch]) -> Tensor:
     counts = torch.zeros(3, dtype=torch.int64, device=micro_batches[0].tokens.device)
     for mb in micro_batches:
         places = torch.arange(1, mb.tokens.shape[1] + 1, device=counts.device)
-        rows = (mb.tokens * (places * places * 0x9E3779B1 + places)).sum(
-            1
-        )  # (b,); a zero, padding, adds nothing
+        weights = places * places * 0x9E3779B1 + places  # (T,)
+        rows = (mb.tokens * weights).sum(1)  # (b,); a zero, padding, adds nothing
         rows = (rows ^ (rows >> 29)) * 0x2545F4914F6CDD1D
         counts += torch.stack(((mb.targets != IGNORE).sum(), (mb.tokens != 0).sum(), rows.sum()))
     return counts

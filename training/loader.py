@@ -12,9 +12,7 @@ class MicroBatch(NamedTuple):
 
     tokens: Tensor  # (b, T) int64
     targets: Tensor  # (b, T) int64, IGNORE where no loss is borne
-    documents: Tensor | None = (
-        None  # (b, T) int32: tokens see only those of the same number; None: all before
-    )
+    documents: Tensor | None = None  # (b, T) int32: tokens see those of the same number; None: all before
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same on a device; a copy from pinned memory does not wait."""

@@ -23,9 +23,9 @@ from training.loader import Batches, MicroBatch, ReadAhead
 from training.log import Log
 from training.optimizer import factor, make_optimizer, set_learning_rate
 from training.plot import draw_run
-from training.recipes import settle
 from training.runtime import Runtime, clip_gradients, no_sync, whole
 from training.state import piece_of
+from training.step_folder import step_of
 
 
 def train(
@@ -39,10 +39,10 @@ def train(
 ) -> None:
     """Train until the last step, saving on the way; SIGTERM or Ctrl-C saves and ends early.
 
-    vocabulary: the tokenizer's file, kept with every checkpoint. evaluate: figures of the stage's validation.
+    cfg: settled (recipes.py). vocabulary: the tokenizer's file, kept with every checkpoint.
+    evaluate: figures of the stage's validation.
     sample: lines to read at intervals, such as continuations of a few prompts.
     """
-    cfg = settle(cfg, cfg.total_steps(batches.steps_per_epoch), batches.signature.get("batch_tokens"))
     announce(cfg, runtime, model.args, batches)
     if cfg.estimate:
         return
@@ -198,9 +198,8 @@ class Run:
         return self.review(everything=True) if self.stopping and self.late.waiting else True
 
     def log_step(self, figures: Figures) -> None:
-        data = (
-            f"{self.fingerprint:016x}"  # the same in two runs: they have seen the same data in the same order
-        )
+        # The same in two runs: they have seen the same data in the same order.
+        data = f"{self.fingerprint:016x}"
         self.log.step(figures.step, self.tokens, figures.loss, figures.lr, figures.grad_norm, data=data)
 
     def report_skipped(self, figures: Figures) -> None:
@@ -331,11 +330,6 @@ class Run:
         self.spikes = SpikeWatch(self.cfg.spike_window, self.cfg.spike, *counters["spikes"])
         self.scaler.load_state_dict(counters["scaler"])
         return None
-
-
-def step_of(folder: Path) -> int:
-    """The steps that were done when a checkpoint was written."""
-    return int(folder.name.removeprefix("step_"))
 
 
 def check_same(folder: Path, name: str, before: object, now: object) -> None:

@@ -209,7 +209,7 @@ def choose_device(name: str) -> torch.device:
 def choose_dtype(device: torch.device, precision: str) -> torch.dtype:
     """The type of matrix products: bf16 where the hardware multiplies in it, fp16 on older GPUs, fp32 elsewhere.
 
-    CPUs count if they have AMX: 92M trains 2.5 times as fast in bf16 there (bench/training_speed.py).
+    CPUs count if they have AMX: products in bf16 are ten times as fast there (docs/LOG.md).
     """
     if precision == "auto":
         if device.type == "cpu":

@@ -56,6 +56,11 @@ def verify(folder: Path, pattern: str = "*", rank: int = 0, world: int = 1) -> N
             raise Damaged(f"{path} 已损坏或缺失（校验和不符）；请用更早的检查点。")
 
 
+def step_of(folder: Path) -> int:
+    """The steps that were done when a checkpoint was written."""
+    return int(folder.name.removeprefix("step_"))
+
+
 def list_steps(out: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
     folders = [f for f in out.glob("step_*") if re.fullmatch(r"step_\d{8,}", f.name)]

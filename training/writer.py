@@ -20,7 +20,7 @@ from stage import UserError, atomic_path, sync_tree
 from training import state, tensor_files
 from training.runtime import Runtime
 from training.state import Piece
-from training.step_folder import CHECKSUMS, checksum, list_steps, sync_folder
+from training.step_folder import CHECKSUMS, checksum, list_steps, step_of, sync_folder
 
 
 class Writer:
@@ -116,24 +116,20 @@ class Writer:
         except UserError as error:
             self.error = error
         except Exception as error:  # what a full disk looks like from below, or a process that has gone
-            reason = (str(error).splitlines() or [repr(error)])[0]
-            self.error = UserError(f"无法写入检查点 {final}（磁盘已满或不可写？旧检查点未被改动）：{reason}")
+            self.error = cannot_write(final, error)
 
     def write(self, final: Path, pieces: dict[str, dict[str, Piece]], texts: dict, vocabulary: bytes) -> None:
         """Write the folder, each process its own files, and delete what is no longer to be kept."""
         is_main = self.runtime.is_main
-        for leftover in (
-            self.out.glob(".step_*.tmp-*") if is_main else ()
-        ):  # of a run that was killed while saving
+        # Of a run that was killed while saving.
+        for leftover in self.out.glob(".step_*.tmp-*") if is_main else ():
             shutil.rmtree(leftover, ignore_errors=True)
         with atomic_path(final) if is_main else nullcontext() as temporary:
             (folder, *_) = self.exchange(temporary)
             try:
                 outcome = self.write_tensors(folder, pieces)
             except (RuntimeError, SafetensorError, OSError) as error:
-                outcome = UserError(
-                    f"无法写入检查点 {final}（磁盘已满或不可写？旧检查点未被改动）：{str(error).splitlines()[0]}"
-                )
+                outcome = cannot_write(final, error)
             outcomes = self.exchange(outcome)
             if error := next((o for o in outcomes if isinstance(o, UserError)), None):
                 raise error
@@ -173,5 +169,11 @@ class Writer:
 
     def delete_old(self) -> None:
         for old in list_steps(self.out)[: -self.keep_last]:
-            if not self.keep_every or int(old.name.removeprefix("step_")) % self.keep_every:
+            if not self.keep_every or step_of(old) % self.keep_every:
                 shutil.rmtree(old)
+
+
+def cannot_write(final: Path, error: Exception) -> UserError:
+    """What to tell the user about a checkpoint that could not be written."""
+    reason = (str(error).splitlines() or [repr(error)])[0]
+    return UserError(f"无法写入检查点 {final}（磁盘已满或不可写？旧检查点未被改动）：{reason}")

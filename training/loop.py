@@ -158,7 +158,9 @@ class Run:
             with no_sync(self.wrapped, last=i == len(micro_batches) - 1):
                 with self.runtime.autocast():
                     # Every token of the global batch weighs the same, however it is cut up.
-                    loss_sum = self.wrapped(mb.tokens, mb.targets, reduction="sum", documents=mb.documents)
+                    loss_sum = self.wrapped(
+                        mb.tokens, mb.targets, reduction="sum", documents=mb.documents, labelled=mb.labelled
+                    )
                     part = loss_sum / bearing
                 self.scaler.scale(part * self.runtime.world).backward()  # DDP averages over processes
             share += part.detach()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from dataset_sft_tokens import load_samples, read_samples, to_messages
 from model import IGNORE, ModelArgs, Transformer
 from sources.aside import SetAside
 from sources.sft_csv import write_sft_csv
+from training.estimate import flops_per_token
 from training.log import read_log
 
 SAMPLES = fine_tuning()[1]  # 40 made-up samples of 3 to 30 tokens
@@ -252,7 +254,7 @@ ROW = st.fixed_dictionaries(
     {
         "prompt": TURN,
         "answer": TURN,
-        "system": st.just("") | TURN,
+        "system": st.just("") | TURN.map(str.strip),
         "history": st.lists(st.tuples(TURN, TURN).map(list), max_size=5),
     }
 )
@@ -440,5 +442,11 @@ def test_a_packed_run_goes_on_where_it_stopped(pretrained, tmp_path) -> None:
 def test_the_estimate_knows_packed_rows(pretrained, tmp_path) -> None:
     printed = script("sft.py", *pretrained, "--out", tmp_path / "x", "--estimate").stdout
     assert "× 64 的激活" in printed  # rows as long as they are
+    found = (re.search(pattern, printed)[1] for pattern in (r"每 token (\S+) GFLOP", r"× (\S+) token ="))
+    per_token, tokens = (float(number.replace(",", "")) for number in found)
+    assert tokens > 0.5 * 64
+    args = ModelArgs(dim=32, n_layers=2, n_heads=2, vocab_size=2500, max_seq_len=64)
+    whole = flops_per_token(args, 64) / 1e9
+    assert 0.3 * whole < per_token < 0.9 * whole  # a question's tokens need no logits
     assert not (tmp_path / "x").exists()
     assert row_length(SAMPLES, 512) == 64

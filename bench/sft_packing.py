@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script 
 
 from bench.measure import run_measured
 from bench.training_speed import gpu_memory, original_step
-from chatglm_tokenizer.tokenization_chatglm import CHATGLM2
+from chatglm_tokenizer.tokenization_chatglm import CHATGLM2, ChatGLMTokenizer
 from sources.report import table, write_json
 from stage import DEMO_DIR, ROOT, StageConfig, UserError, require, run_stage
 
@@ -70,6 +70,7 @@ def main(cfg: Config) -> None:
             for _ in range(cfg.rounds):
                 for way in cfg.ways:
                     found[way].append(measure(cfg, csv, model, way))
+                    print(f"  {model} {way}: {found[way][-1][0]:,.1f} answer token/s", flush=True)
             results += show(model, found, wasted)
     if cfg.out:
         write_json(cfg.out, results)
@@ -86,7 +87,6 @@ def prepare(cfg: Config, csv: Path) -> None:
 
 def read(cfg: Config, csv: Path):
     """The samples; tokenised once, by the first that asks."""
-    from chatglm_tokenizer.tokenization_chatglm import ChatGLMTokenizer
     from dataset_sft_tokens import load_samples
     from sources.aside import SetAside
 
@@ -145,7 +145,8 @@ def learn(cfg: Config, csv: str, model: str, way: str) -> tuple[float, int]:
 
     samples = read(cfg, Path(csv))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    shape = PRESETS[model] | dict(max_seq_len=cfg.max_seq_len, vocab_size=64793)
+    vocabulary = ChatGLMTokenizer(cfg.tokenizer).vocab_size
+    shape = PRESETS[model] | dict(max_seq_len=cfg.max_seq_len, vocab_size=vocabulary)
     make_step = plain if way == "original" else ours
     step = make_step(ModelArgs(**shape), device)
     endless = chain.from_iterable(steps(cfg, samples, way) for _ in count())

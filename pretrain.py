@@ -127,7 +127,7 @@ def main(cfg: Config) -> None:
         sample = make_sample(cfg, tokenizer, runtime)
         with torch.device("meta" if cfg.estimate else "cpu"):  # an estimate needs the shape alone
             model = Transformer(args)
-        train(cfg, runtime, model, tokenizer.content, batches, evaluate, sample)
+        train(cfg, runtime, model, tokenizer.files, batches, evaluate, sample)
 
 
 def recorded_tokenizer(data: Path) -> Path:

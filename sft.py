@@ -75,7 +75,7 @@ def main(cfg: Config) -> None:
         batches = SftBatches(training, cfg.batch, cfg.micro_batch, runtime.rank, runtime.world, cfg.seed)
         cfg = settle(cfg, cfg.total_steps(batches.steps_per_epoch), None)
         evaluate = make_evaluate(cfg, validation, runtime)
-        train(cfg, runtime, start.model, start.tokenizer.content, batches, evaluate)
+        train(cfg, runtime, start.model, start.tokenizer.files, batches, evaluate)
 
 
 def load_data(

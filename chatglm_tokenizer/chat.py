@@ -11,6 +11,27 @@ from chatglm_tokenizer.tokenization_chatglm import ChatGLMTokenizer
 
 Message = dict[str, str]  # {"role": …, "content": …}
 
+# The same format as Jinja, for other programs (https://huggingface.co/docs/transformers/chat_templating): rendered and
+# tokenised as one string it gives the ids of `encode_prompt`. Each text is encoded by itself here, so it begins with
+# the space that SentencePiece puts before a text. There the tokenizer puts it behind control tokens; between the
+# system text and the question, where there is none, the template does.
+CHAT_TEMPLATE = (
+    "{%- if messages[0]['role'] == 'system' -%}"
+    "{%- set system = messages[0]['content'] | trim -%}{%- set turns = messages[1:] -%}"
+    "{%- else -%}"
+    "{%- set system = '' -%}{%- set turns = messages -%}"
+    "{%- endif -%}"
+    "{{- system -}}"
+    "{%- for message in turns -%}"
+    "{%- if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') -%}"
+    "{{- raise_exception('roles must alternate user, assistant') -}}"
+    "{%- endif -%}"
+    "{%- if loop.first and system -%}{{- ' ' -}}{%- endif -%}"
+    "{{- message['content'] -}}"
+    "{{- bos_token if message['role'] == 'user' else eos_token -}}"
+    "{%- endfor -%}"
+)
+
 
 def encode_chat(
     messages: Sequence[Message], tokenizer: ChatGLMTokenizer, max_len: int
@@ -48,7 +69,7 @@ def encode_turns(
     """
     bos, eos = tokenizer.special_tokens["<bos>"], tokenizer.special_tokens["<eos>"]
     system, turns = split_turns(messages)
-    head = tokenizer.encode(system) if system else []
+    head = tokenizer.encode(system.strip())  # no spaces at its end: see CHAT_TEMPLATE
     encoded = [
         (tokenizer.encode(user) + [bos], [] if answer is None else tokenizer.encode(answer) + [eos])
         for user, answer in turns

@@ -29,6 +29,8 @@ class NotText(UserError, ValueError):
 class ChatGLMTokenizer:
     """Text <-> ids over any SentencePiece model; `encode` gives id for id what SentencePiece gives."""
 
+    chat_template: str | None = None  # Jinja, of models that have a chat format of their own (chat.py)
+
     def __init__(self, vocab_file: str | Path):
         self.vocab_file = Path(vocab_file)
         if not self.vocab_file.is_file():
@@ -53,6 +55,16 @@ class ChatGLMTokenizer:
     def vocab_size(self) -> int:
         """Rows that a model's embedding needs: 64,793 for ChatGLM2, the number of pieces for any other."""
         return self.pieces + (len(CHATGLM2_SPECIALS) - 1 if "sop" in self.special_tokens else 0)
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        """What a checkpoint keeps of this vocabulary, by file name."""
+        return {"tokenizer.model": self.content}
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Ids that end an answer."""
+        return [self.special_tokens["<eos>"]]
 
     def __len__(self) -> int:
         return self.vocab_size

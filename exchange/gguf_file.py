@@ -69,7 +69,10 @@ def write_gguf(path: Path, model: Transformer, tokenizer, template: str, name: s
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for key, tensor in tensors.items():  # one after the other: quantised copies of all would double the memory
+    for (
+        key,
+        tensor,
+    ) in tensors.items():  # one after the other: quantised copies of all would double the memory
         writer.write_tensor_data(quants.quantize(as_array(tensor), types[key]))
     writer.close()
     return Counter(kind.name for kind in types.values())

@@ -71,7 +71,9 @@ def write_byte_level(writer: GGUFWriter, tokenizer, rows: int) -> None:
     """The tokens and merges of a byte-level BPE tokenizer.json, such as Llama 3's."""
     file = json.loads(tokenizer.files["tokenizer.json"])
     bpe, added = file["model"], {entry["id"]: entry for entry in file["added_tokens"]}
-    vocab = {i: name for name, i in bpe["vocab"].items()} | {i: entry["content"] for i, entry in added.items()}
+    vocab = {i: name for name, i in bpe["vocab"].items()} | {
+        i: entry["content"] for i, entry in added.items()
+    }
     kinds = [
         TokenType.UNUSED if i not in vocab
         else TokenType.NORMAL if i not in added

@@ -96,7 +96,7 @@ def check_gguf(path: Path, model: Transformer, tokenizer, dtype: str) -> list[Fi
     findings = [
         Finding("元数据", "、".join(wrong) or "形状相同", not wrong and same_factors),
         Finding("词表", f"{names_count:,} 个条目", names_count == model.args.vocab_size),
-        small_kl("读回的权重（gguf 包）", ours, logits_of(built(model.args, weights), prompts), dtype),
+        small_kl("gguf 包读回的权重", ours, logits_of(built(model.args, weights), prompts), dtype),
     ]
     python = llamacpp.find_python()
     if python is None:
@@ -154,12 +154,12 @@ def logits_of(model: Transformer, prompts: Sequence[Sequence[int]]) -> list[np.n
 
 def same_logits(reader: str, ours: list[np.ndarray], theirs: list[np.ndarray]) -> Finding:
     largest = max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True))
-    return Finding(f"{reader} 的 logits", f"最大差 {largest:.1e}", largest < LARGEST_DIFFERENCE)
+    return Finding(f"{reader}，logits", f"最大差 {largest:.1e}", largest < LARGEST_DIFFERENCE)
 
 
 def small_kl(reader: str, ours: list[np.ndarray], theirs: list[np.ndarray], dtype: str) -> Finding:
     mean = divergence(ours, theirs)
-    return Finding(f"{reader} 的概率", f"KL 散度 {mean:.1e}", abs(mean) < LARGEST_KL[dtype])
+    return Finding(f"{reader}，概率", f"KL 散度 {mean:.1e}", abs(mean) < LARGEST_KL[dtype])
 
 
 def divergence(ours: list[np.ndarray], theirs: list[np.ndarray]) -> float:

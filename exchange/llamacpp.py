@@ -61,7 +61,7 @@ def ask(
             raise UserError(f"无法运行 {VARIABLE} 指定的 {python}：{error.strerror}") from error
         if done.returncode:
             last = (done.stderr.strip() or "没有输出").splitlines()[-1]
-            raise UserError(f"llama.cpp（{python}）失败：{last}")
+            raise UserError(f"llama.cpp（{python}）失败（{done.returncode}）：{last}")
         with np.load(answered) as answer:
             return Answers(
                 ids=[answer[f"ids_{i}"].tolist() for i in range(len(texts))],

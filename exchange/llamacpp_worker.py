@@ -16,6 +16,20 @@ import numpy as np
 F32 = 0  # GGML_TYPE_F32
 
 
+def plain_model_params() -> llama_cpp.llama_model_params:
+    """llama.cpp's defaults, with the weights kept in the order of the file.
+
+    The order that processors with AMX would get crashes (https://github.com/ggml-org/llama.cpp/issues/20824).
+    """
+    params = default_model_params()
+    params.use_extra_bufts = False
+    return params
+
+
+default_model_params = llama_cpp.llama_cpp.llama_model_default_params
+llama_cpp.llama_cpp.llama_model_default_params = plain_model_params  # Llama has no option for it
+
+
 def main(model: str, request_path: str, answer_path: str) -> None:
     with open(request_path, encoding="utf-8") as file:
         request = json.load(file)

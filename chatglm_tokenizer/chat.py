@@ -6,7 +6,7 @@ Only the answers and their `<eos>` bear loss. Roles: system (first message only)
 that has a chat template of its own keeps to that (templated.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from chatglm_tokenizer.base import Tokenizer
 from chatglm_tokenizer.messages import Message as Message  # part of what this module offers
@@ -54,6 +54,44 @@ def encode_chat(
             bears_loss += [False] * len(prompt) + [True] * len(answer)
     ids, bears_loss = ids[:max_len], bears_loss[:max_len]
     return (ids, bears_loss) if any(bears_loss) else None
+
+
+def encode_chats(
+    dialogues: Sequence[Sequence[Message]], tokenizer: Tokenizer, max_len: int
+) -> list[tuple[list[int], list[bool]] | ValueError | None]:
+    """`encode_chat` of many dialogues, whose texts the tokenizer encodes together, with all cores.
+
+    A dialogue that cannot be encoded gives the error that `encode_chat` raises.
+    """
+    known = tokenizer
+    if not tokenizer.chat_template:  # which writes texts and control tokens as one string
+        known = KnownTexts(tokenizer, {m["content"] for messages in dialogues for m in messages})
+    found: list[tuple[list[int], list[bool]] | ValueError | None] = []
+    for messages in dialogues:
+        try:
+            found.append(encode_chat(messages, known, max_len))
+        except ValueError as error:
+            found.append(error)
+    return found
+
+
+class KnownTexts:
+    """A tokenizer that has encoded some texts beforehand."""
+
+    def __init__(self, tokenizer: Tokenizer, texts: Iterable[str]):
+        self.tokenizer, texts = tokenizer, list(texts)
+        try:
+            self.known = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
+        except ValueError:  # one of them is no text: its own turn shows which
+            self.known = {}
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.tokenizer, name)
+
+    def encode(self, text: str, **options: object) -> list[int]:
+        """As the tokenizer's."""
+        ids = None if options else self.known.get(text)
+        return self.tokenizer.encode(text, **options) if ids is None else ids
 
 
 def encode_prompt(messages: Sequence[Message], tokenizer: Tokenizer, max_len: int) -> list[int]:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from chatglm_tokenizer.base import Tokenizer
+from chatglm_tokenizer.chat import CHAT_TEMPLATE
 from chatglm_tokenizer.hf_tokenizer import HFTokenizer
 from chatglm_tokenizer.tokenization_chatglm import ChatGLMTokenizer
 from stage import UserError
@@ -15,8 +16,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         path = path.parent
     if not path.is_dir():
         return ChatGLMTokenizer(path)
+    has_model = (path / "tokenizer.model").is_file()
     if (path / "tokenizer.json").is_file():
-        return HFTokenizer(path)
-    if (path / "tokenizer.model").is_file():
+        tokenizer = HFTokenizer(path)
+        if not (has_model and tokenizer.chat_template == CHAT_TEMPLATE):
+            return tokenizer  # else our own export: its ids are those of the SentencePiece model
+    if has_model:
         return ChatGLMTokenizer(path / "tokenizer.model")
     raise UserError(f"{path} 里没有词表（tokenizer.json 或 tokenizer.model）；请用 --tokenizer 指定。")

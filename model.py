@@ -214,6 +214,7 @@ class Transformer(nn.Module):
         last_only: bool = False,
         reduction: str = "mean",
         documents: Tensor | None = None,
+        labelled: Tensor | None = None,
     ) -> Tensor:
         """Logits, or the loss when there are targets.
 
@@ -222,6 +223,7 @@ class Transformer(nn.Module):
         reduction: "mean" or "sum" over the targets that bear loss. ValueError if T exceeds max_seq_len.
         documents: (B, T) numbers of the documents (without a cache): a token sees those of its own number only,
         and positions restart where the number changes; padding has a number of its own.
+        labelled: (n,) places among the B * T targets, all that bear loss among them: logits are made of these alone.
         """
         T, start = tokens.shape[1], cache.used if cache else 0
         limit, padding = self.args.max_seq_len, cache.most_padding if cache else 0
@@ -243,9 +245,12 @@ class Transformer(nn.Module):
                 x = layer(x, rope, cache, mask)
         if cache is not None:
             cache.used += T
-        x = self.norm(x)
         if targets is not None:
-            return cross_entropy(x.flatten(0, 1), self.output.weight, targets.flatten(), reduction)
+            x, targets = x.flatten(0, 1), targets.flatten()  # (B * T, C), (B * T,)
+            if labelled is not None:
+                x, targets = x.index_select(0, labelled), targets.index_select(0, labelled)  # (n, C), (n,)
+            return cross_entropy(self.norm(x), self.output.weight, targets, reduction)
+        x = self.norm(x)
         return self.output(x[:, -1:] if last_only else x)  # (B, T or 1, V)
 
     def num_params(self) -> int:

@@ -148,10 +148,9 @@ def write_llama2c_files(cfg: Config, loaded: Checkpoint, out: Path) -> None:
     vocabulary = out.with_name("tokenizer.bin")
     if vocabulary.exists() and not cfg.overwrite:
         raise UserError(f"{vocabulary} 已存在；加 --overwrite 覆盖，或用 --out 换一个文件夹。")
-    with atomic_path(out) as temporary:
-        write_llama2c(temporary, loaded.model)
-    with atomic_path(vocabulary) as temporary:
-        write_llama2c_tokenizer(temporary, loaded.tokenizer, loaded.model.args.vocab_size)
+    with atomic_path(out) as weights, atomic_path(vocabulary) as pieces:
+        write_llama2c(weights, loaded.model)
+        write_llama2c_tokenizer(pieces, loaded.tokenizer, loaded.model.args.vocab_size)
     print(f"运行：./run {out} -z {vocabulary} -t 0 -i 开头")
 
 

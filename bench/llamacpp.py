@@ -3,7 +3,7 @@
 llama.cpp is asked through the Python that LLAMA_CPP_PYTHON names, or this one (docs/serving.md). For each type of
 weights the checkpoint is exported, and compared with model.py in fp32 are
 
-    the ids of every line of the texts (once: all types have the same vocabulary);
+    the ids of every text in the files (once: all types have the same vocabulary);
     greedy continuations of their beginnings: how many are equal to the last id;
     the next token's distribution over windows of the texts: mean KL divergence, and the perplexity's drift.
 
@@ -13,10 +13,11 @@ Checked: ids are equal, and greedy continuations of f32 too.
 import math
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,8 @@ from chatglm_tokenizer.chat import CHAT_TEMPLATE
 from exchange import llamacpp
 from exchange.check import divergence, logits_of
 from exchange.gguf_file import FILE_TYPES, write_gguf
+from sources.aside import SetAside
+from sources.containers import read_rows
 from sources.files import list_files
 from sources.report import table
 from stage import DEMO_DIR, DEMO_OUT, ROOT, StageConfig, UserError, need, require, run_stage
@@ -41,7 +44,7 @@ class Config(StageConfig):
     """用 llama.cpp 读导出的 GGUF：token id、贪心解码、困惑度与自己的比较。"""
 
     model: Path = ROOT / "out" / "sft"  # 检查点文件夹
-    texts: Path = DEMO_DIR / "eval"  # 用哪些文本（文件或文件夹，逐行）
+    texts: Path = DEMO_DIR / "eval"  # 用哪些文本（文件或文件夹）
     dtypes: tuple[str, ...] = ("f32", "f16", "bf16", "q8_0", "q4_0")  # 哪些权重类型
     prompts: int = 10  # 几个开头做贪心解码
     max_new_tokens: int = 200  # 每个最多多少 token
@@ -65,7 +68,7 @@ def main(cfg: Config) -> None:
         )
     loaded = checkpoint.load(cfg.model)
     model, tokenizer = loaded.model.eval(), loaded.tokenizer
-    lines = read_lines(cfg.texts)
+    lines = read_texts(cfg.texts)
     ids = tokenizer.encode_batch(lines)
     windows = cut(ids, model.args.max_seq_len, LOGITS // model.args.vocab_size)
     prompts = [row[:8] for row in ids if len(row) > 8][:: max(1, len(ids) // cfg.prompts)][: cfg.prompts]
@@ -103,17 +106,24 @@ def main(cfg: Config) -> None:
         raise UserError("；".join(failures))
 
 
-def read_lines(path: Path) -> list[str]:
-    """The lines of text files, without those that hold a NUL, which ends a text in C."""
-    texts = [
-        file.read_text(encoding="utf-8")
-        for file in list_files(path)
-        if file.suffix.startswith((".js", ".txt"))
-    ]
-    lines = [line for text in texts for line in text.splitlines() if line and "\0" not in line]
-    if not lines:
-        raise UserError(f"{path} 里没有 .json、.jsonl 或 .txt 文本。")
-    return lines
+def read_texts(path: Path) -> list[str]:
+    """All texts in the rows of files, without those that hold a NUL, which ends a text in C."""
+    aside = SetAside()
+    rows = [row for file in list_files(path) for _, row in read_rows(file, aside)]
+    aside.show()
+    texts = [text for text in strings(rows) if text and "\0" not in text]
+    if not texts:
+        raise UserError(f"{path} 里没有文本。")
+    return texts
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Every text in nested lists and dicts."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from strings(part)
 
 
 def compare_ids(python: str, path: Path, lines: Sequence[str], ids: Sequence[list[int]]) -> list[str]:
@@ -122,10 +132,10 @@ def compare_ids(python: str, path: Path, lines: Sequence[str], ids: Sequence[lis
     theirs = llamacpp.ask(python, path, lines).ids
     different = [i for i, (a, b) in enumerate(zip(theirs, ids, strict=True)) if a != b]
     print(
-        f"{len(lines):,} 行的 token id：{len(different)} 行不同（llama.cpp 用时 {perf_counter() - start:.0f} 秒）",
+        f"{len(lines):,} 段的 token id：{len(different)} 段不同（llama.cpp 用时 {perf_counter() - start:.0f} 秒）",
         flush=True,
     )
-    return [f"{len(different)} 行的 id 不同，如 {lines[different[0]][:60]!r}"] if different else []
+    return [f"{len(different)} 段的 id 不同，如 {lines[different[0]][:60]!r}"] if different else []
 
 
 def cut(ids: Sequence[list[int]], length: int, most: int) -> list[list[int]]:

@@ -28,7 +28,7 @@ CHAT_TEMPLATE = (
     "{%- if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') -%}"
     "{{- raise_exception('roles must alternate user, assistant') -}}"
     "{%- endif -%}"
-    "{%- if loop.first and system -%}{{- ' ' -}}{%- endif -%}"
+    "{%- if loop.first and system and message['content'] -%}{{- ' ' -}}{%- endif -%}"
     "{{- message['content'] -}}"
     "{{- bos_token if message['role'] == 'user' else eos_token -}}"
     "{%- endfor -%}"

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from chatglm_tokenizer.base import Tokenizer
 from chatglm_tokenizer.chat import Message, encode_prompt
 from exchange import llamacpp
 from exchange.llama2c import read_llama2c
@@ -49,7 +50,9 @@ class Finding:
     ok: bool
 
 
-def check_hf(folder: Path, model: Transformer, tokenizer, template: str | None, dtype: str) -> list[Finding]:
+def check_hf(
+    folder: Path, model: Transformer, tokenizer: Tokenizer, template: str | None, dtype: str
+) -> list[Finding]:
     """A Hugging Face folder, through transformers. dtype: torch's name; our weights are rounded to it first."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -73,7 +76,7 @@ def check_hf(folder: Path, model: Transformer, tokenizer, template: str | None, 
     return findings
 
 
-def check_gguf(path: Path, model: Transformer, tokenizer, dtype: str) -> list[Finding]:
+def check_gguf(path: Path, model: Transformer, tokenizer: Tokenizer, dtype: str) -> list[Finding]:
     """A GGUF file, read by the gguf package and, where there is one, computed by llama.cpp."""
     from exchange.gguf_file import ROPE_FREQS, read_gguf, rope_factors
 
@@ -140,7 +143,7 @@ def rounded(model: Transformer, dtype: torch.dtype) -> Transformer:
     return built(model.args, {name: v.to(dtype).float() for name, v in model.state_dict().items()})
 
 
-def prompts_of(model: Transformer, tokenizer) -> list[list[int]]:
+def prompts_of(model: Transformer, tokenizer: Tokenizer) -> list[list[int]]:
     """Ids of the texts and dialogues, as long as the model takes them."""
     chats = [encode_prompt(dialogue, tokenizer, NO_LIMIT) for dialogue in DIALOGUES]
     return [ids[: model.args.max_seq_len] for ids in [*map(tokenizer.encode, TEXTS), *chats]]
@@ -168,6 +171,6 @@ def divergence(ours: list[np.ndarray], theirs: list[np.ndarray]) -> float:
     return float((a.exp() * (a - b)).sum(-1).mean())
 
 
-def same_ids(reader: str, theirs: list[list[int]], tokenizer) -> Finding:
+def same_ids(reader: str, theirs: list[list[int]], tokenizer: Tokenizer) -> Finding:
     different = [text for text, ids in zip(TEXTS, theirs, strict=True) if ids != tokenizer.encode(text)]
     return Finding(reader, f"{len(TEXTS) - len(different)}/{len(TEXTS)} 段文本的 id 相同", not different)

@@ -6,6 +6,7 @@ and output matrices, which suffer most, have at least 8 bits (llama.cpp's own qu
 """
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,10 @@ from gguf import GGMLQuantizationType as Type
 from gguf import GGUFReader, GGUFWriter, LlamaFileType, RopeScalingType, quants
 from torch import Tensor
 
+from chatglm_tokenizer.base import Tokenizer
 from exchange.gguf_vocabulary import write_vocabulary
 from model import ModelArgs, Transformer
+from rope import rope_frequencies
 from stage import UserError
 
 OUTSIDE = {"tok_embeddings": "token_embd", "norm": "output_norm", "output": "output"}
@@ -45,7 +48,9 @@ BLOCK = 32  # weights that share a scale, in all of the quantised types above
 ROPE_FREQS = "rope_freqs.weight"
 
 
-def write_gguf(path: Path, model: Transformer, tokenizer, template: str, name: str, dtype: str) -> Counter:
+def write_gguf(
+    path: Path, model: Transformer, tokenizer: Tokenizer, template: str | None, name: str, dtype: str
+) -> Counter:
     """Write a model with its vocabulary; returns how many tensors have which type.
 
     tokenizer: ours, of either kind. template: the chat format in Jinja. dtype: a key of FILE_TYPES.
@@ -59,7 +64,8 @@ def write_gguf(path: Path, model: Transformer, tokenizer, template: str, name: s
         writer.add_quantization_version(2)
     write_shape(writer, model.args)
     write_vocabulary(writer, tokenizer, model.args.vocab_size)
-    writer.add_chat_template(template)
+    if template:
+        writer.add_chat_template(template)
     tensors = tensors_of(model)
     types = {key: type_of(key, tensor, kind) for key, tensor in tensors.items()}
     for key, tensor in tensors.items():
@@ -123,10 +129,6 @@ def rope_factors(args: ModelArgs) -> dict[str, Tensor]:
     """What llama.cpp divides each frequency by, (D/2,), where Llama 3.1's scaling is used."""
     if not args.rope_scaling or args.rope_scaling["rope_type"] != "llama3":
         return {}
-    from dataclasses import replace
-
-    from rope import rope_frequencies
-
     plain, _ = rope_frequencies(replace(args, rope_scaling=None))
     return {ROPE_FREQS: plain / rope_frequencies(args)[0]}
 

@@ -1,9 +1,12 @@
 """The vocabulary part of a GGUF file: SentencePiece's pieces with their scores, or byte-level BPE with its merges."""
 
 import json
+from typing import Any
 
 from gguf import GGUFWriter, TokenType
 
+from chatglm_tokenizer.base import Tokenizer
+from chatglm_tokenizer.hf_tokenizer import HFTokenizer
 from chatglm_tokenizer.model_file import read_model
 from chatglm_tokenizer.tokenization_chatglm import ChatGLMTokenizer
 from exchange.pieces import piece_names
@@ -20,7 +23,7 @@ CUTTINGS = {
 }
 
 
-def write_vocabulary(writer: GGUFWriter, tokenizer, rows: int) -> None:
+def write_vocabulary(writer: GGUFWriter, tokenizer: Tokenizer, rows: int) -> None:
     """Write a vocabulary of either kind, with a name for each of the `rows` of the embedding."""
     if isinstance(tokenizer, ChatGLMTokenizer):
         write_sentencepiece(writer, tokenizer, rows)
@@ -67,7 +70,7 @@ def unreachable(names: list[str], kinds: list[int]) -> list[str]:
     return safe
 
 
-def write_byte_level(writer: GGUFWriter, tokenizer, rows: int) -> None:
+def write_byte_level(writer: GGUFWriter, tokenizer: HFTokenizer, rows: int) -> None:
     """The tokens and merges of a byte-level BPE tokenizer.json, such as Llama 3's."""
     file = json.loads(tokenizer.files["tokenizer.json"])
     bpe, added = file["model"], {entry["id"]: entry for entry in file["added_tokens"]}
@@ -82,7 +85,7 @@ def write_byte_level(writer: GGUFWriter, tokenizer, rows: int) -> None:
         for i in range(rows)
     ]  # fmt: skip
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(cutting(file, tokenizer))
+    writer.add_tokenizer_pre(cutting(file))
     writer.add_token_list([vocab.get(i, f"[PAD{i}]") for i in range(rows)])
     writer.add_token_types(kinds)
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in bpe["merges"]])
@@ -91,7 +94,7 @@ def write_byte_level(writer: GGUFWriter, tokenizer, rows: int) -> None:
     writer.add_add_bos_token(False)  # the template has it
 
 
-def cutting(file: dict, tokenizer) -> str:
+def cutting(file: dict[str, Any]) -> str:
     """llama.cpp's name of the rules by which a tokenizer.json cuts text; UserError if it has none."""
     pre = file.get("pre_tokenizer") or {}
     steps = {step["type"]: step for step in pre.get("pretokenizers", [pre] if pre else [])}

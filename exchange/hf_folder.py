@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from chatglm_tokenizer.base import Tokenizer
 from chatglm_tokenizer.tokenization_chatglm import ChatGLMTokenizer
 from exchange.hf_config import hf_from_args
 from exchange.hf_tokenizer_file import write_tokenizer
@@ -16,7 +17,9 @@ from sources.report import write_json
 INDEX = "model.safetensors.index.json"
 
 
-def write_hf(folder: Path, model: Transformer, tokenizer, template: str, dtype: str, shard_gb: float) -> None:
+def write_hf(
+    folder: Path, model: Transformer, tokenizer: Tokenizer, template: str, dtype: str, shard_gb: float
+) -> None:
     """Write a folder that `from_pretrained` loads without own code.
 
     tokenizer: ours, of either kind; one that came from a Hugging Face folder is written back as it was.
@@ -25,17 +28,16 @@ def write_hf(folder: Path, model: Transformer, tokenizer, template: str, dtype: 
     folder.mkdir()
     ids = token_ids(tokenizer)
     write_json(folder / "config.json", {**hf_from_args(model.args), **ids, "torch_dtype": dtype})
-    # vLLM takes its defaults from here too; greedy, as eval.py and serve.py answer.
-    write_json(folder / "generation_config.json", {**ids, "do_sample": False})
     write_weights(folder, model, getattr(torch, dtype), shard_gb)
     if isinstance(tokenizer, ChatGLMTokenizer):
         write_tokenizer(folder, tokenizer, model.args.vocab_size, model.args.max_seq_len, template)
     else:
         for name, content in tokenizer.files.items():
             (folder / name).write_bytes(content)
+    write_json(folder / "generation_config.json", {**ids, "do_sample": False})
 
 
-def token_ids(tokenizer) -> dict[str, Any]:
+def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
     """The ids that begin, end and fill up a text."""
     stop = list(tokenizer.stop_ids)
     return {

@@ -5,7 +5,8 @@ weights the checkpoint is exported, and compared with model.py in fp32 are
 
     the ids of every text in the files (once: all types have the same vocabulary);
     greedy continuations of their beginnings: how many are equal to the last id;
-    the next token's distribution over windows of the texts: mean KL divergence, and the perplexity's drift.
+    the next token over windows of the texts in the chat format: mean KL divergence, and the drift of the perplexity
+    of the answers.
 
 Checked: ids are equal, and greedy continuations of f32 too.
 """
@@ -13,24 +14,28 @@ Checked: ids are equal, and greedy continuations of f32 too.
 import math
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import cross_entropy
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script from any folder
 
-from chatglm_tokenizer.chat import CHAT_TEMPLATE
+from chatglm_tokenizer.base import Tokenizer
+from chatglm_tokenizer.chat import CHAT_TEMPLATE, encode_chat
 from exchange import llamacpp
 from exchange.check import divergence, logits_of
 from exchange.gguf_file import FILE_TYPES, write_gguf
 from sources.aside import SetAside
 from sources.containers import read_rows
 from sources.files import list_files
+from sources.instructions import Unusable, to_messages
 from sources.report import table
 from stage import DEMO_DIR, DEMO_OUT, ROOT, StageConfig, UserError, need, require, run_stage
 from training import checkpoint
@@ -44,7 +49,7 @@ class Config(StageConfig):
     """用 llama.cpp 读导出的 GGUF：token id、贪心解码、困惑度与自己的比较。"""
 
     model: Path = ROOT / "out" / "sft"  # 检查点文件夹
-    texts: Path = DEMO_DIR / "eval"  # 用哪些文本（文件或文件夹）
+    texts: Path = DEMO_DIR / "sft"  # 用哪些文本（文件或文件夹）
     dtypes: tuple[str, ...] = ("f32", "f16", "bf16", "q8_0", "q4_0")  # 哪些权重类型
     prompts: int = 10  # 几个开头做贪心解码
     max_new_tokens: int = 200  # 每个最多多少 token
@@ -68,29 +73,32 @@ def main(cfg: Config) -> None:
         )
     loaded = checkpoint.load(cfg.model)
     model, tokenizer = loaded.model.eval(), loaded.tokenizer
-    lines = read_texts(cfg.texts)
-    ids = tokenizer.encode_batch(lines)
-    windows = cut(ids, model.args.max_seq_len, LOGITS // model.args.vocab_size)
-    prompts = [row[:8] for row in ids if len(row) > 8][:: max(1, len(ids) // cfg.prompts)][: cfg.prompts]
+    rows = read_all(cfg.texts)
+    texts = list(strings(rows))
+    ids = tokenizer.encode_batch(texts)
+    windows = cut(documents(rows, tokenizer), model.args.max_seq_len, LOGITS // model.args.vocab_size)
+    long = [row[:8] for row in ids if len(row) > 8]
+    prompts = long[:: -(-len(long) // cfg.prompts)]
     new = min(cfg.max_new_tokens, model.args.max_seq_len - 8)
     expected = model.generate(prompts, new, temperature=0)
-    ours = logits_of(model, windows)
+    inputs = [ids for ids, _ in windows]
+    ours = logits_of(model, inputs)
     base = perplexity(ours, windows)
-    rows, failures = [[MINE, model.num_params() * 4 / 1e6, "-", "-", base, "-"]], []
+    table_rows, failures = [[MINE, model.num_params() * 4 / 1e6, "-", "-", base, "-"]], []
     with tempfile.TemporaryDirectory() as folder:
         for dtype in cfg.dtypes:
             path = Path(folder) / f"{dtype}.gguf"
             write_gguf(path, model, tokenizer, CHAT_TEMPLATE, "bench", dtype)
             if dtype == cfg.dtypes[0]:
-                failures += compare_ids(python, path, lines, ids)
-            theirs = llamacpp.ask(python, path, prompts=[*prompts, *windows], new=new)
+                failures += compare_ids(python, path, texts, ids)
+            theirs = llamacpp.ask(python, path, prompts=[*prompts, *inputs], new=new)
             equal = sum(a == b for a, b in zip(theirs.greedy, expected, strict=False))
             if dtype == "f32" and equal < len(prompts):
                 failures.append(f"f32 的贪心解码只有 {equal}/{len(prompts)} 相同")
             found = theirs.logits[len(prompts) :]
             drift = f"{perplexity(found, windows) / base - 1:+.3%}"
             size = path.stat().st_size / 1e6
-            rows.append(
+            table_rows.append(
                 [
                     dtype,
                     size,
@@ -100,30 +108,45 @@ def main(cfg: Config) -> None:
                     drift,
                 ]
             )
-    print(f"贪心解码 {new} 个 token；困惑度在 {len(windows)} 段、{sum(map(len, windows)):,} 个 token 上：")
-    print(table(["权重", "MB", "贪心相同", "KL 散度", "困惑度", "变化"], rows))
+    scored = sum(sum(bears) for _, bears in windows)
+    print(f"贪心解码 {new} 个 token；困惑度在 {len(windows)} 段里回答的 {scored:,} 个 token 上：")
+    print(table(["权重", "MB", "贪心相同", "KL 散度", "困惑度", "变化"], table_rows))
     if failures:
         raise UserError("；".join(failures))
 
 
-def read_texts(path: Path) -> list[str]:
-    """All texts in the rows of files, without those that hold a NUL, which ends a text in C."""
+def read_all(path: Path) -> list[Any]:
+    """The rows of a file or a folder."""
     aside = SetAside()
     rows = [row for file in list_files(path) for _, row in read_rows(file, aside)]
     aside.show()
-    texts = [text for text in strings(rows) if text and "\0" not in text]
-    if not texts:
+    if not rows:
         raise UserError(f"{path} 里没有文本。")
-    return texts
+    return rows
 
 
 def strings(value: Any) -> Iterator[str]:
-    """Every text in nested lists and dicts."""
+    """Every text in nested lists and dicts, but those with a NUL, which ends a text in C."""
     if isinstance(value, str):
-        yield value
+        if value and "\0" not in value:
+            yield value
     elif isinstance(value, list | dict):
         for part in value.values() if isinstance(value, dict) else value:
             yield from strings(part)
+
+
+def documents(rows: Sequence[Any], tokenizer: Tokenizer) -> Iterator[tuple[int, bool]]:
+    """Ids as the model knows them, and whether each bears loss: dialogues, or texts that end with <eos>."""
+    for row in rows:
+        try:
+            found = to_messages(row)
+        except Unusable:
+            for text in strings(row):
+                yield from ((i, True) for i in [*tokenizer.encode(text), tokenizer.stop_ids[0]])
+            continue
+        system = [{"role": "system", "content": found["system"]}] if "system" in found else []
+        if encoded := encode_chat(system + found["messages"], tokenizer, sys.maxsize):
+            yield from zip(*encoded, strict=True)
 
 
 def compare_ids(python: str, path: Path, lines: Sequence[str], ids: Sequence[list[int]]) -> list[str]:
@@ -138,22 +161,20 @@ def compare_ids(python: str, path: Path, lines: Sequence[str], ids: Sequence[lis
     return [f"{len(different)} 段的 id 不同，如 {lines[different[0]][:60]!r}"] if different else []
 
 
-def cut(ids: Sequence[list[int]], length: int, most: int) -> list[list[int]]:
-    """Windows of the lines one after the other, of `length` ids, together at most `most`."""
-    stream = [i for row in ids for i in row][:most]
-    windows = [stream[start : start + length] for start in range(0, len(stream), length)]
-    return [window for window in windows if len(window) > 1]
+def cut(stream: Iterable[tuple[int, bool]], length: int, most: int) -> list[tuple[list[int], list[bool]]]:
+    """Windows of `length` ids, together at most `most`, and which of each bear loss."""
+    pairs = list(islice(stream, most))
+    windows = [pairs[start : start + length] for start in range(0, len(pairs), length)]
+    return [tuple(map(list, zip(*window, strict=True))) for window in windows if len(window) > 1]
 
 
-def perplexity(logits: Sequence[np.ndarray], windows: Sequence[Sequence[int]]) -> float:
-    """exp of the mean loss of every id but each window's first."""
-    losses = [
-        torch.nn.functional.cross_entropy(
-            torch.from_numpy(rows[:-1]), torch.tensor(window[1:]), reduction="sum"
-        )
-        for rows, window in zip(logits, windows, strict=True)
-    ]
-    return math.exp(float(sum(losses)) / sum(len(window) - 1 for window in windows))
+def perplexity(logits: Sequence[np.ndarray], windows: Sequence[tuple[list[int], list[bool]]]) -> float:
+    """exp of the mean loss of every id that bears one, but each window's first."""
+    losses = []
+    for rows, (ids, bears) in zip(logits, windows, strict=True):
+        loss = cross_entropy(torch.from_numpy(rows[:-1]), torch.tensor(ids[1:]), reduction="none")  # (T - 1,)
+        losses.append(loss[torch.tensor(bears[1:])])
+    return math.exp(float(torch.cat(losses).mean()))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from glob import escape
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -104,33 +104,47 @@ def tokenise(
     ends = tokenizer.stop_ids
     rows = iter(tqdm(sft_csv.read_sft_csv(path, aside), "分词", unit="条", disable=None))
     while block := list(islice(rows, BLOCK)):
-        samples, cut = [], 0
-        encoded = chat.encode_chats([to_messages(row) for row in block], tokenizer, max_len)
-        for row, sample in zip(block, encoded, strict=True):
+        encoded, turns = [], []
+        dialogues = [to_messages(row) for row in block]
+        for row, sample in zip(block, chat.encode_chats(dialogues, tokenizer, max_len), strict=True):
             if sample is None:
                 aside.add(path, row["row"], f"问题太长：{max_len} 个 token 里放不下答案", row["prompt"])
             elif isinstance(sample, ValueError):
                 aside.add(path, row["row"], f"无法分词：{sample}", row["prompt"])
             else:
-                ids, bears_loss = np.array(sample[0], FILES["ids"]), np.array(sample[1], FILES["bears_loss"])
-                samples.append(Sample(ids, bears_loss))
-                answers = np.count_nonzero(np.diff(bears_loss, prepend=False) & bears_loss)
-                is_whole = answers == 1 + len(row["history"]) and (len(ids) < max_len or ids[-1] in ends)
-                cut += not is_whole
-        if samples:
-            yield flat(samples), cut
+                encoded.append(sample)
+                turns.append(1 + len(row["history"]))
+        if encoded:
+            arrays = flat(encoded)
+            yield arrays, int((~are_whole(arrays, np.array(turns), max_len, ends)).sum())
 
 
-def flat(samples: Sequence[Sample]) -> dict[str, np.ndarray]:
-    """The arrays of FILES."""
+def flat(samples: Sequence[tuple[list[int], list[bool]]]) -> dict[str, np.ndarray]:
+    """The arrays of FILES of samples as encode_chat gives them."""
+    lengths = np.array([len(ids) for ids, _ in samples])
+    starts = np.cumsum(lengths) - lengths
+    ids = np.fromiter(chain.from_iterable(ids for ids, _ in samples), FILES["ids"])
+    bears_loss = np.fromiter(chain.from_iterable(bears_loss for _, bears_loss in samples), bool)
+    digests = [digest(part) for part in np.split(ids, starts[1:])]
     arrays = {
-        "ids": np.concatenate([s.ids for s in samples]),
-        "bears_loss": np.concatenate([s.bears_loss for s in samples]),
-        "lengths": np.array([len(s.ids) for s in samples]),
-        "labels": np.array([np.count_nonzero(s.bears_loss) for s in samples]),
-        "digests": np.array([digest(s.ids) for s in samples], np.uint64),
+        "ids": ids,
+        "bears_loss": bears_loss,
+        "lengths": lengths,
+        "labels": np.add.reduceat(bears_loss, starts, dtype=np.int64),
+        "digests": np.array(digests, np.uint64),
     }
     return {name: arrays[name].astype(dtype, copy=False) for name, dtype in FILES.items()}
+
+
+def are_whole(arrays: dict[str, np.ndarray], turns: np.ndarray, max_len: int, ends: list[int]) -> np.ndarray:
+    """Whether each sample has an answer for each of its turns, (n,), and its last one to the end."""
+    lengths, bears_loss = arrays["lengths"].astype(np.int64), arrays["bears_loss"]
+    starts = np.cumsum(lengths) - lengths
+    before = np.concatenate(([False], bears_loss[:-1]))
+    before[starts] = False
+    answers = np.add.reduceat(bears_loss & ~before, starts, dtype=np.int64)
+    last = arrays["ids"][starts + lengths - 1]
+    return (answers == turns) & ((lengths < max_len) | np.isin(last, ends))
 
 
 def digest(ids: np.ndarray) -> int:

@@ -72,6 +72,8 @@ def parse_scaling(text: str) -> Scaling:
         else:
             given = {"rope_type": kind, "factor": float(factor), **(LLAMA3 if kind == "llama3" else {})}
         scaling = standard_scaling(given, max_seq_len=1) or {}
+        if scaling and "factor" not in given:
+            raise ValueError("factor is missing")
         return {name: value for name, value in scaling.items() if name in given or name == "rope_type"}
     except (ValueError, TypeError) as error:
         raise UserError(

@@ -111,7 +111,12 @@ def write_hf_folder(cfg: Config, loaded: Checkpoint, out: Path) -> None:
 
     with atomic_path(out) as temporary:
         write_hf(
-            temporary, loaded.model, loaded.tokenizer, CHAT_TEMPLATE, TORCH_NAMES[cfg.dtype], cfg.shard_gb
+            temporary,
+            loaded.model,
+            loaded.tokenizer,
+            template_of(loaded),
+            TORCH_NAMES[cfg.dtype],
+            cfg.shard_gb,
         )
 
 
@@ -126,7 +131,7 @@ def write_gguf_file(cfg: Config, loaded: Checkpoint, out: Path) -> None:
             temporary, loaded.model, loaded.tokenizer, template_of(loaded), cfg.name or out.stem, cfg.dtype
         )
     show_types(cfg, types)
-    ours = isinstance(loaded.tokenizer, ChatGLMTokenizer)
+    ours = template_of(loaded) == CHAT_TEMPLATE
     ollama = out.with_suffix(".Modelfile")
     with atomic_path(ollama) as temporary:
         temporary.write_text(modelfile(out.name, loaded.model.args, ours), encoding="utf-8")
@@ -167,7 +172,8 @@ def write_state(cfg: Config, loaded: Checkpoint, out: Path) -> None:
 
 def template_of(loaded: Checkpoint) -> str | None:
     """The chat format: ours, or that of an imported model, which may have none."""
-    return CHAT_TEMPLATE if isinstance(loaded.tokenizer, ChatGLMTokenizer) else loaded.tokenizer.chat_template
+    ours = CHAT_TEMPLATE if isinstance(loaded.tokenizer, ChatGLMTokenizer) else None
+    return loaded.tokenizer.chat_template or ours
 
 
 def findings(cfg: Config, loaded: Checkpoint, out: Path) -> list[check.Finding]:

@@ -21,6 +21,8 @@ from chatglm_tokenizer.chat import CHAT_TEMPLATE, encode_chat, encode_prompt
 from chatglm_tokenizer.tokenization_chatglm import ChatGLMTokenizer
 from exchange import check, llamacpp
 from exchange.hf_tokenizer_file import write_tokenizer
+from generation.batch import generate
+from generation.sampling import Sampling
 from model import ModelArgs, Transformer
 from training import checkpoint
 
@@ -89,6 +91,10 @@ def load_both(checkpoint_folder: Path, exported: Path):
     return checkpoint.load(checkpoint_folder).model.eval(), theirs
 
 
+def greedy(new: int) -> Sampling:
+    return Sampling(max_new_tokens=new, temperature=0)
+
+
 def assert_same_logits(ours: Transformer, theirs) -> None:
     tokens = torch.randint(3, ours.args.vocab_size, (2, ours.args.max_seq_len))
     with torch.inference_mode():
@@ -101,7 +107,7 @@ def test_transformers_gives_our_logits_and_greedy_text(saved: Path, hugging_face
     prompt = torch.randint(3, ours.args.vocab_size, (1, 30))
     expected = theirs.generate(prompt, max_new_tokens=200, eos_token_id=None)[0, 30:].tolist()
     assert len(expected) == 200
-    assert ours.generate(prompt.tolist(), 200, temperature=0) == [expected]
+    assert generate(ours, prompt.tolist(), greedy(200)) == [expected]
 
 
 def test_generation_config_and_ids(hugging_face: Path) -> None:
@@ -282,7 +288,7 @@ def test_llama_cpp_gives_our_logits_ids_and_greedy_text(
     assert [answers.ids[i] for i in texts_without_nul] == [
         loaded.tokenizer.encode(texts[i]) for i in texts_without_nul
     ]
-    assert answers.greedy == model.generate(prompts, new, temperature=0, stop_ids=[2])
+    assert answers.greedy == generate(model, prompts, greedy(new), [2])
     for prompt, logits in zip(prompts, answers.logits, strict=True):
         assert np.abs(check.logits_of(model, [prompt])[0] - logits).max() < 1e-3
 
@@ -318,7 +324,7 @@ def test_llama2c(tmp_path: Path, vocabulary: Path, tied: bool) -> None:
     if not (run := os.environ.get("LLAMA2C_RUN")):
         pytest.skip("LLAMA2C_RUN names no compiled run.c of llama2.c")
     prompt = [1, *loaded.tokenizer.encode("中国的首都  是<s>x𠮷")]
-    new = loaded.model.eval().generate([prompt], 100, temperature=0, stop_ids=[1])[0]
+    new = generate(loaded.model, [prompt], greedy(100), [1])[0]
     command = [
         run,
         str(out),

@@ -1,6 +1,7 @@
-"""The vocabulary part of a GGUF file: SentencePiece's pieces with their scores, or byte-level BPE with its merges."""
+"""The vocabulary part of a GGUF file: pieces with their scores, or byte-level BPE with its merges."""
 
 import json
+import re
 from typing import Any
 
 from gguf import GGUFWriter, TokenType
@@ -21,6 +22,11 @@ CUTTINGS = {
     CONTRACTIONS + r"|\p{N}{1,3}" + REST: "llama-bpe",
     CONTRACTIONS + r"|\p{N}" + REST: "qwen2",
 }
+UNWANTED = -1e9  # the score of what text should not become
+NOT_THE_SAME = (
+    "llama.cpp 没有这种 tokenizer.json 的切分规则（支持 GPT-2、Llama 3、Qwen2 的字节级 BPE，和 Llama 2 的 BPE），"
+    "id 会不同，所以不写 GGUF；请用 --format hf，再用 llama.cpp 的 convert_hf_to_gguf.py 试试。"
+)
 
 
 def write_vocabulary(writer: GGUFWriter, tokenizer: Tokenizer, rows: int) -> None:
@@ -28,7 +34,7 @@ def write_vocabulary(writer: GGUFWriter, tokenizer: Tokenizer, rows: int) -> Non
     if isinstance(tokenizer, ChatGLMTokenizer):
         write_sentencepiece(writer, tokenizer, rows)
     else:
-        write_byte_level(writer, tokenizer, rows)
+        write_tokenizer_json(writer, tokenizer, rows)
 
 
 def write_sentencepiece(writer: GGUFWriter, tokenizer: ChatGLMTokenizer, rows: int) -> None:
@@ -39,21 +45,30 @@ def write_sentencepiece(writer: GGUFWriter, tokenizer: ChatGLMTokenizer, rows: i
             f"词表 {tokenizer.vocab_file} 不是带字节回退的普通 BPE，llama.cpp 不会给出相同的 id；"
             "请用 train_tokenizer.py 训练的词表，或 --format pth。"
         )
-    names = piece_names(tokenizer, model, rows)
     spare = rows - len(model.pieces)
-    kinds = model.kinds + [TokenType.UNUSED] * spare
+    scores, kinds = model.scores + [UNWANTED] * spare, model.kinds + [TokenType.UNUSED] * spare
+    write_pieces(writer, piece_names(tokenizer, model, rows), scores, kinds)
+    write_ends(writer, tokenizer)
+    writer.add_unk_token_id(0)
+    writer.add_pad_token_id(0)
+
+
+def write_pieces(writer: GGUFWriter, names: list[str], scores: list[float], kinds: list[int]) -> None:
+    """A vocabulary of llama.cpp's kind "llama": of neighbours that make a piece, the best piece is made first."""
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(unreachable(names, kinds))
-    writer.add_token_scores(model.scores + [-10_000.0] * spare)
+    writer.add_token_scores(scores)
     writer.add_token_types(kinds)
+    writer.add_add_space_prefix(True)
+
+
+def write_ends(writer: GGUFWriter, tokenizer: Tokenizer) -> None:
+    """The ids that begin and end a text; none is added by itself, since the chat format says where they stand."""
     writer.add_bos_token_id(tokenizer.special_tokens["<bos>"])
     writer.add_eos_token_id(tokenizer.special_tokens["<eos>"])
-    writer.add_unk_token_id(0)
-    writer.add_pad_token_id(0)
-    writer.add_add_bos_token(False)  # <bos> stands between question and answer, not before the text
+    writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
-    writer.add_add_space_prefix(True)
 
 
 def unreachable(names: list[str], kinds: list[int]) -> list[str]:
@@ -70,28 +85,49 @@ def unreachable(names: list[str], kinds: list[int]) -> list[str]:
     return safe
 
 
-def write_byte_level(writer: GGUFWriter, tokenizer: HFTokenizer, rows: int) -> None:
-    """The tokens and merges of a byte-level BPE tokenizer.json, such as Llama 3's."""
+def write_tokenizer_json(writer: GGUFWriter, tokenizer: HFTokenizer, rows: int) -> None:
+    """The tokens of a BPE tokenizer.json: byte-level as Llama 3's, or made from SentencePiece's as Llama 2's."""
     file = json.loads(tokenizer.files["tokenizer.json"])
     bpe, added = file["model"], {entry["id"]: entry for entry in file["added_tokens"]}
     vocab = {i: name for name, i in bpe["vocab"].items()} | {
         i: entry["content"] for i, entry in added.items()
     }
+    names = [vocab.get(i, f"[PAD{i}]") for i in range(rows)]
     kinds = [
         TokenType.UNUSED if i not in vocab
-        else TokenType.NORMAL if i not in added
-        else TokenType.CONTROL if added[i]["special"]
-        else TokenType.USER_DEFINED
+        else TokenType.UNKNOWN if names[i] == bpe.get("unk_token")
+        else TokenType.CONTROL if i in added and added[i]["special"]
+        else TokenType.USER_DEFINED if i in added
+        else TokenType.BYTE if bpe.get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", names[i])
+        else TokenType.NORMAL
         for i in range(rows)
     ]  # fmt: skip
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(cutting(file))
-    writer.add_token_list([vocab.get(i, f"[PAD{i}]") for i in range(rows)])
-    writer.add_token_types(kinds)
-    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in bpe["merges"]])
-    writer.add_bos_token_id(tokenizer.special_tokens["<bos>"])
-    writer.add_eos_token_id(tokenizer.special_tokens["<eos>"])
-    writer.add_add_bos_token(False)  # the template has it
+    merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in bpe.get("merges", [])]
+    if bpe.get("byte_fallback"):
+        write_pieces(writer, names, scores_of(file, merges, names), kinds)
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(cutting(file))
+        writer.add_token_list(names)
+        writer.add_token_types(kinds)
+        writer.add_token_merges([" ".join(merge) for merge in merges])
+    write_ends(writer, tokenizer)
+
+
+def scores_of(file: dict[str, Any], merges: list[tuple[str, str]], names: list[str]) -> list[float]:
+    """Scores that lead to the same merges: minus the place of a piece's first merge; UserError if none do."""
+    first, last, order = {}, None, []
+    for place, (left, right) in enumerate(merges):
+        piece = left + right
+        if piece != last:
+            order.append(piece)
+        first.setdefault(piece, place)
+        last = piece
+    normalizer = file.get("normalizer") or {}
+    steps = [step["type"] for step in normalizer.get("normalizers", [])]
+    if len(order) != len(first) or steps != ["Prepend", "Replace"] or file.get("pre_tokenizer"):
+        raise UserError(NOT_THE_SAME)
+    return [-float(first[name]) if name in first else UNWANTED for name in names]
 
 
 def cutting(file: dict[str, Any]) -> str:
@@ -102,8 +138,5 @@ def cutting(file: dict[str, Any]) -> str:
     pattern = steps.pop("Split", {"pattern": {"Regex": None}})["pattern"].get("Regex", "")
     is_known = file["model"]["type"] == "BPE" and level and not steps and pattern in CUTTINGS
     if not is_known or level["use_regex"] != (pattern is None) or level.get("add_prefix_space"):
-        raise UserError(
-            "llama.cpp 没有这种 tokenizer.json 的切分规则（支持 GPT-2、Llama 3 与 Qwen2 的字节级 BPE），"
-            "id 会不同，所以不写 GGUF；请用 --format hf，再用 llama.cpp 的 convert_hf_to_gguf.py 试试。"
-        )
+        raise UserError(NOT_THE_SAME)
     return CUTTINGS[pattern]

@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader
@@ -13,8 +14,10 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
 import export
+from chatglm_tokenizer.tokenization_chatglm import ChatGLMTokenizer
 from exchange import llamacpp
-from exchange.gguf_vocabulary import CUTTINGS
+from exchange.gguf_vocabulary import CUTTINGS, UNWANTED
+from exchange.hf_tokenizer_file import fast_tokenizer
 from model import ModelArgs, Transformer
 from training import checkpoint
 
@@ -54,7 +57,8 @@ def save(folder: Path, tokenizer: Tokenizer) -> Path:
     folder.mkdir()
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TEMPLATE}
-    settings |= {"bos_token": SPECIALS[0], "eos_token": SPECIALS[4]}
+    names = SPECIALS[::4] if tokenizer.token_to_id(SPECIALS[0]) else ("<s>", "</s>")
+    settings |= {"bos_token": names[0], "eos_token": names[1]}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     torch.manual_seed(0)
     rows = tokenizer.get_vocab_size(with_added_tokens=True) + 3  # padded, as many models are
@@ -118,3 +122,22 @@ def test_unknown_cuttings_and_llama2c_are_refused(tmp_path: Path, llama3: Path) 
     with pytest.raises(export.UserError, match="SentencePiece"):
         export.main(export.Config(model=llama3, format="llama2c", out=tmp_path / "m.bin"))
     assert {path.name for path in tmp_path.iterdir()} == {"saved"}
+
+
+def test_llama_2_tokenizer_json_becomes_pieces_with_scores(tmp_path: Path, vocabulary: Path) -> None:
+    """Merges that come from SentencePiece's scores go back to scores; llama.cpp's ids prove it."""
+    sentencepiece = ChatGLMTokenizer(vocabulary)
+    saved = save(tmp_path / "saved", fast_tokenizer(sentencepiece, sentencepiece.vocab_size))
+    out = tmp_path / "m.gguf"
+    export.main(export.Config(model=saved, format="gguf", out=out, verify=True))
+    fields = {key: field.contents() for key, field in GGUFReader(out).fields.items()}
+    assert fields["tokenizer.ggml.model"] == "llama"
+    assert fields["tokenizer.ggml.token_type"][:4] == [2, 3, 3, 6]
+    scores = np.array(fields["tokenizer.ggml.scores"])
+    made = [i for i in range(sentencepiece.pieces) if scores[i] > UNWANTED]
+    own = np.array([sentencepiece.sp.get_score(i) for i in made])
+    assert len(made) > 300
+    assert (np.argsort(-scores[made], kind="stable") == np.argsort(-own, kind="stable")).all()
+    if (python := llamacpp.find_python()) is None:
+        pytest.skip(f"no llama-cpp-python here, and {llamacpp.VARIABLE} names no Python that has it")
+    assert llamacpp.ask(python, out, TEXTS).ids == [sentencepiece.encode(text) for text in TEXTS]

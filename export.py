@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
+from safetensors import SafetensorError
 from tyro.conf import arg
 
 from chatglm_tokenizer.chat import CHAT_TEMPLATE
@@ -86,7 +87,10 @@ def main(cfg: Config) -> None:
         "llama2c": write_llama2c_files,
         "pth": write_state,
     }
-    write[cfg.format](cfg, loaded, out)
+    try:
+        write[cfg.format](cfg, loaded, out)
+    except (SafetensorError, RuntimeError) as error:  # what a full disk looks like from below
+        raise UserError(f"无法写入 {out}（磁盘已满或不可写？）：{str(error).splitlines()[0]}") from error
     print(f"已写出 {out}（{size_of(out) / 1e6:,.1f} MB）。", flush=True)
     if cfg.verify and not report(findings(cfg, loaded, out)):
         raise UserError(f"{out} 读回来的结果与检查点不一致，见上表；请不要使用它。")
@@ -96,6 +100,8 @@ def refuse_to_overwrite(cfg: Config, out: Path) -> None:
     """Raise UserError if something stands where the export goes that may not be replaced."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
+    if out.resolve() in (cfg.model.resolve(), *cfg.model.resolve().parents):
+        raise UserError(f"{out} 是要导出的模型所在的地方，不覆盖；请用 --out 换一个路径。")
     if out.is_dir() != (cfg.format == "hf"):
         raise UserError(f"{out} 是{'文件夹' if out.is_dir() else '文件'}；请用 --out 换一个路径。")
     if not cfg.overwrite:

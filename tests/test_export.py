@@ -400,8 +400,10 @@ def test_what_stands_there_is_not_overwritten(tmp_path: Path, saved: Path, huggi
     # The folder of the checkpoint, one of something else, and a file.
     shutil.copytree(saved, tmp_path / "mine")
     (tmp_path / "mine" / "notes.txt").write_text("x")
-    for folder in (saved.parent, tmp_path / "mine"):
-        with pytest.raises(export.UserError, match="还有别的内容"):
+    with pytest.raises(export.UserError, match="还有别的内容"):
+        run(tmp_path / "mine", overwrite=True)
+    for folder in (saved, saved.parent):
+        with pytest.raises(export.UserError, match="要导出的模型所在"):
             run(folder, overwrite=True)
     assert (tmp_path / "mine" / "notes.txt").read_text() == "x"
     (tmp_path / "tokenizer.bin").write_text("x")

@@ -19,15 +19,16 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from chatglm_tokenizer import chat
-from chatglm_tokenizer.tokenization_chatglm import ChatGLMTokenizer
+from chatglm_tokenizer import chat, chat_template, templated
+from chatglm_tokenizer.base import Tokenizer
 from sources import sft_csv
 from sources.aside import SetAside
 from stage import UserError, atomic_path
 from training.step_folder import checksum
 
 BLOCK = 4096  # rows that are tokenised together
-CODE = [Path(__file__), Path(chat.__file__), Path(sft_csv.__file__)]  # a change here makes other tokens
+# A change here makes other tokens.
+CODE = [Path(__file__), *(Path(module.__file__) for module in (chat, templated, chat_template, sft_csv))]
 FILES = {
     "ids": np.dtype("<i4"),  # of all samples, one behind the other
     "bears_loss": np.dtype("?"),  # of each id: whether it is to be predicted
@@ -69,7 +70,7 @@ class Samples(Sequence[Sample]):
 
 def load_samples(
     path: Path,
-    tokenizer: ChatGLMTokenizer,
+    tokenizer: Tokenizer,
     max_len: int,
     aside: SetAside,
     main_first: Callable[[Callable[[], object]], None] = lambda function: function(),
@@ -86,7 +87,7 @@ def load_samples(
     return read_samples(path, tokenizer, max_len, aside) if cached is None else cached
 
 
-def read_samples(path: Path, tokenizer: ChatGLMTokenizer, max_len: int, aside: SetAside) -> Samples:
+def read_samples(path: Path, tokenizer: Tokenizer, max_len: int, aside: SetAside) -> Samples:
     """Tokenise every usable row; rows that leave no answer token within max_len are set aside."""
     parts = list(tokenise(path, tokenizer, max_len, aside))
     arrays = {
@@ -97,10 +98,10 @@ def read_samples(path: Path, tokenizer: ChatGLMTokenizer, max_len: int, aside: S
 
 
 def tokenise(
-    path: Path, tokenizer: ChatGLMTokenizer, max_len: int, aside: SetAside
+    path: Path, tokenizer: Tokenizer, max_len: int, aside: SetAside
 ) -> Iterator[tuple[dict[str, np.ndarray], int]]:
     """Some rows at a time: the arrays of FILES, and how many of these samples were cut."""
-    ends = [tokenizer.special_tokens["<eos>"], *getattr(tokenizer, "stop_ids", ())]
+    ends = tokenizer.stop_ids
     rows = iter(tqdm(sft_csv.read_sft_csv(path, aside), "分词", unit="条", disable=None))
     while block := list(islice(rows, BLOCK)):
         encoded, turns = [], []
@@ -169,7 +170,7 @@ def split_validation(samples: Samples, fraction: float) -> tuple[Samples, Sample
 # The cache.
 
 
-def describe(path: Path, tokenizer: ChatGLMTokenizer, max_len: int) -> dict[str, object]:
+def describe(path: Path, tokenizer: Tokenizer, max_len: int) -> dict[str, object]:
     """Everything that the tokens of a csv depend on."""
     if not path.is_file():
         raise UserError(f"找不到 {path}；请先运行 python sft_data_process.py，或用参数指定别的路径。")
@@ -177,7 +178,7 @@ def describe(path: Path, tokenizer: ChatGLMTokenizer, max_len: int) -> dict[str,
         "csv": checksum(path),
         "code": [checksum(file) for file in CODE],
         "tokenizer": tokenizer.sha256,
-        "chat_template": getattr(tokenizer, "chat_template", None),
+        "chat_template": tokenizer.chat_template,
         "max_len": max_len,
     }
 
@@ -189,7 +190,7 @@ def cache_path(path: Path, about: dict[str, object]) -> Path:
 
 
 def make_cache(
-    folder: Path, about: dict[str, object], path: Path, tokenizer: ChatGLMTokenizer, max_len: int
+    folder: Path, about: dict[str, object], path: Path, tokenizer: Tokenizer, max_len: int
 ) -> None:
     """Tokenise a csv into its folder, unless that is there and whole; a disk that refuses is only reported."""
     content = read_about(folder)
@@ -204,7 +205,7 @@ def make_cache(
 
 
 def write_cache(
-    folder: Path, about: dict[str, object], path: Path, tokenizer: ChatGLMTokenizer, max_len: int
+    folder: Path, about: dict[str, object], path: Path, tokenizer: Tokenizer, max_len: int
 ) -> None:
     """Tokenise a csv into a folder, a block of rows at a time."""
     folder.mkdir()

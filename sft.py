@@ -2,6 +2,7 @@
 
 python sft.py --init out/pretrain
 python sft.py --init Llama2-Chinese-92M.pth
+python sft.py --init Llama-3.2-1B-Instruct --max_seq_len 2048     # a Hugging Face folder
 """
 
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from chatglm_tokenizer.tokenization_chatglm import ChatGLMTokenizer
+from chatglm_tokenizer.base import Tokenizer
 from dataset_sft import SftBatches, collate, pack, row_length
 from dataset_sft_tokens import Samples, load_samples, split_validation
 from model import IGNORE, Transformer
@@ -20,16 +21,17 @@ from stage import DEMO_DIR, DEMO_OUT, ROOT, UserError, need, require, run_stage
 from training import checkpoint
 from training import runtime as rt
 from training.config import TrainConfig
+from training.context import ContextConfig
 from training.loop import train
 from training.recipes import settle
 
 
 @dataclass
-class Config(TrainConfig):
+class Config(ContextConfig, TrainConfig):
     """指令微调：sft_data.csv 与预训练模型 -> out/sft。只有答案计算损失。"""
 
     data: Path = ROOT / "sft_data" / "sft_data.csv"  # 指令数据
-    init: Path = ROOT / "out" / "pretrain"  # 从哪里开始：检查点文件夹，或原项目的 .pth
+    init: Path = ROOT / "out" / "pretrain"  # 从哪里开始：检查点、Hugging Face 模型文件夹，或原项目的 .pth
     tokenizer: Path | None = None  # 词表；默认用检查点里的（.pth 默认用 ChatGLM2 词表）
     n_heads: int | None = None  # 原项目 .pth 的注意力头数；公布过的规模不必填
     out: Path = ROOT / "out" / "sft"  # 检查点、日志与曲线保存到哪里
@@ -73,7 +75,7 @@ def main(cfg: Config) -> None:
         need(cfg.data, "sft_data_process.py", cfg)
         need(cfg.init, "pretrain.py", cfg)
     with rt.start(cfg.device, cfg.precision, cfg.seed, cfg.timeout, cfg.deterministic) as runtime:
-        start = checkpoint.load(cfg.init, tokenizer=cfg.tokenizer, n_heads=cfg.n_heads)
+        start = checkpoint.load(cfg.init, tokenizer=cfg.tokenizer, n_heads=cfg.n_heads, change=cfg.extend)
         runtime.print(f"从 {start.path} 开始。")
         training, validation = load_data(cfg, start.tokenizer, start.model.args.max_seq_len, runtime)
         row = row_length(training, start.model.args.max_seq_len) if cfg.pack else None
@@ -83,11 +85,11 @@ def main(cfg: Config) -> None:
             cfg = replace(cfg, compile=False)
         cfg = settle(cfg, cfg.total_steps(batches.steps_per_epoch), None)
         evaluate = make_evaluate(cfg, validation, runtime, start.model.args.max_seq_len)
-        train(cfg, runtime, start.model, start.tokenizer.content, batches, evaluate)
+        train(cfg, runtime, start.model, start.tokenizer.files, batches, evaluate)
 
 
 def load_data(
-    cfg: Config, tokenizer: ChatGLMTokenizer, max_seq_len: int, runtime: rt.Runtime
+    cfg: Config, tokenizer: Tokenizer, max_seq_len: int, runtime: rt.Runtime
 ) -> tuple[Samples, Samples]:
     """Training and validation samples; says how many rows could not be used and why."""
     aside = SetAside()

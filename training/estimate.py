@@ -9,7 +9,8 @@
                  block: SwiGLU, grouped queries, no attention matrix; fp32 residual stream, the rest in `dtype`
     time         computation / (peak * MFU); energy: board power * time; money: price * GPUs * hours
 
-Shapes as in model.py: L layers, C width, T tokens, V vocabulary, F feed-forward width, K key/value width.
+Shapes as in model.py: L layers, C width, T tokens, V vocabulary, F feed-forward width, Q and K widths of all query
+and of all key/value heads.
 """
 
 import math
@@ -79,10 +80,10 @@ class Memory:
 
 def count_parameters(args: ModelArgs) -> dict[str, int]:
     """Parameters by part; a tied output matrix is the embedding."""
-    C, K = args.dim, args.n_kv_heads * args.head_dim
+    C, Q, K = args.dim, args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
     return {
         "词嵌入": args.vocab_size * C,
-        "注意力": args.n_layers * 2 * C * (C + K),
+        "注意力": args.n_layers * 2 * C * (Q + K),
         "前馈": args.n_layers * 3 * C * args.hidden_dim,
         "归一化": (2 * args.n_layers + 1) * C,
         "输出层": 0 if args.tie_embeddings else args.vocab_size * C,
@@ -93,16 +94,16 @@ def flops_per_token(args: ModelArgs, length: int) -> int:
     """Training FLOPs per token; the same rule as `Transformer.flops_per_token`, without building the model."""
     parts = count_parameters(args)
     lookup = 0 if args.tie_embeddings else parts["词嵌入"]
-    return 6 * (sum(parts.values()) - lookup) + 12 * args.n_layers * args.dim * length
+    return 6 * (sum(parts.values()) - lookup) + 12 * args.n_layers * args.n_heads * args.head_dim * length
 
 
 def layer_bytes(args: ModelArgs, dtype: torch.dtype) -> int:
     """Bytes per token that one layer keeps for its backward pass."""
-    C, K, F = args.dim, args.n_kv_heads * args.head_dim, args.hidden_dim
+    C, Q, K, F = args.dim, args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim, args.hidden_dim
     s = dtype.itemsize
     norms = 2 * (4 * C + 4 * C + 4)  # each: its input, the normalised input, 1/rms; fp32
     inputs = 2 * 4 * C if s == 4 else (3 + 2) * s * C  # of wq wk wv and w1 w3; autocast makes a copy for each
-    attention = s * (C + 2 * K + C) + 4 * args.n_heads  # queries, keys, values, result; log-sum-exp
+    attention = s * (Q + 2 * K + Q) + 4 * args.n_heads  # queries, keys, values, result; log-sum-exp
     return norms + inputs + attention + s * 4 * F  # w1 x, silu, w3 x, their product
 
 

@@ -32,14 +32,14 @@ def train(
     cfg: TrainConfig,
     runtime: Runtime,
     model: Transformer,
-    vocabulary: bytes,
+    vocabulary: dict[str, bytes],
     batches: Batches,
     evaluate: Callable[[Transformer], dict[str, float]],
     sample: Callable[[Transformer], list[str]] | None = None,
 ) -> None:
     """Train until the last step, saving on the way; SIGTERM or Ctrl-C saves and ends early.
 
-    cfg: settled (recipes.py). vocabulary: the tokenizer's file, kept with every checkpoint.
+    cfg: settled (recipes.py). vocabulary: the tokenizer's files by name, kept with every checkpoint.
     evaluate: figures of the stage's validation.
     sample: lines to read at intervals, such as continuations of a few prompts.
     """
@@ -74,7 +74,12 @@ class Run:
     """The state of a run that changes from step to step, and how it is saved and restored."""
 
     def __init__(
-        self, cfg: TrainConfig, runtime: Runtime, model: Transformer, vocabulary: bytes, batches: Batches
+        self,
+        cfg: TrainConfig,
+        runtime: Runtime,
+        model: Transformer,
+        vocabulary: dict[str, bytes],
+        batches: Batches,
     ):
         self.cfg, self.runtime, self.model = cfg, runtime, model
         self.vocabulary, self.batches = vocabulary, ReadAhead(batches, runtime.device)

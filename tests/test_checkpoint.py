@@ -41,7 +41,14 @@ def go_on(model: Transformer, optimizer: torch.optim.Optimizer, steps: range) ->
 
 def save(out: Path, step: int, model, optimizer, **options: object) -> checkpoint.Writer:
     writer = checkpoint.Writer(out, ALONE, **{"keep_last": 9, **options})
-    writer.save(step, model, optimizer, StageConfig(), b"vocabulary", {"step": step, "scaler": {}})
+    writer.save(
+        step,
+        model,
+        optimizer,
+        StageConfig(),
+        {"tokenizer.model": b"vocabulary"},
+        {"step": step, "scaler": {}},
+    )
     writer.wait()
     return writer
 

@@ -6,22 +6,24 @@ of their own: see preferences.py): the fields that tell it, and what makes its m
 
 import re
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 from sources.turns import (
-    Formats,
     Messages,
     Row,
     Unusable,
     any_messages,
     check_attachments,
-    converter,
     dialogue,
     history_of,
     list_of,
     pairs_of,
     text_of,
 )
+
+Convert = Callable[[Row], Messages]
+Formats = list[tuple[tuple[str, ...], Convert]]
 
 # fnlp's moss-003: <|Human|>: … <eoh>, <|MOSS|>: … <eom>, and <sup><|1|></sup> where a web page is quoted
 MOSS_MARKERS = re.compile(r"<sup><\|\d+\|></sup>|^\s*<\|(Human|MOSS)\|>:?|<eo[hmtcr]>\s*$")
@@ -34,7 +36,7 @@ def to_messages(row: Row) -> dict[str, Any]:
 
     changes: what had to be mended, in words. Raises Unusable.
     """
-    convert = converter(row, FORMATS)
+    convert = answered_format(tuple(row))
     if not convert:
         names = "、".join(str(name)[:30] for name in list(row)[:6])
         raise Unusable(f"没有已知的指令字段（现有字段：{names or '无'}）")
@@ -42,7 +44,26 @@ def to_messages(row: Row) -> dict[str, Any]:
     return dialogue(system_of(row), convert(row))
 
 
+@lru_cache(maxsize=1024)
+def answered_format(fields: tuple[str, ...]) -> Convert | None:
+    """What makes messages of rows with these fields, question and answer; None if nothing does."""
+    return _first(FORMATS, fields)
+
+
+@lru_cache(maxsize=1024)
+def prompt_format(fields: tuple[str, ...]) -> Convert | None:
+    """What makes messages of rows with these fields, up to the question; None if nothing does."""
+    return _first(PROMPTS, fields)
+
+
+def _first(formats: Formats, fields: tuple[str, ...]) -> Convert | None:
+    return next((convert for telling, convert in formats if set(telling) <= set(fields)), None)
+
+
 def system_of(row: Row) -> str:
+    """The system text that a field of its own holds."""
+    if "system" not in row and "meta_instruction" not in row:
+        return ""
     return "\n".join(filter(None, (text_of(row.get(name), name) for name in ("system", "meta_instruction"))))
 
 

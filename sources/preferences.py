@@ -6,8 +6,8 @@ Which of the shapes of `to_record` a row has is told by its fields. The question
 
 from typing import Any
 
-from sources.instructions import FORMATS, PROMPTS, system_of, to_messages
-from sources.turns import Row, Unusable, any_messages, check_attachments, converter, dialogue, text_of
+from sources.instructions import answered_format, prompt_format, system_of, to_messages
+from sources.turns import Row, Unusable, any_messages, check_attachments, dialogue, text_of
 
 # Better and worse answer: DPO sets and MedicalGPT; shibing624/medical; DPO-zh-en-emoji.
 PAIRS = [("chosen", "rejected"), ("response_chosen", "response_rejected"), ("answer_zh", "answer_en")]
@@ -36,9 +36,9 @@ def to_record(row: Any) -> dict[str, Any]:
         verdict = next((name for name in VERDICTS if isinstance(row.get(name), bool)), None)
         if verdict:
             return {**to_messages(row), "label": row[verdict]}
-        if not converter(row, FORMATS) or "reference" in row:
+        if not answered_format(tuple(row)) or "reference" in row:
             for reference in ("reference", "answer"):
-                if reference in row and converter(row, PROMPTS):
+                if reference in row and prompt_format(tuple(row)):
                     return _referenced(row, text_of(row[reference], reference))
         return to_messages(row)
     except RecursionError:
@@ -54,7 +54,7 @@ def as_dialogue(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _prompt(row: Row) -> dict[str, Any]:
-    convert = converter(row, PROMPTS)
+    convert = prompt_format(tuple(row))
     if not convert:
         raise Unusable("有回答的字段，但没有已知的提问字段")
     check_attachments(row)
@@ -69,10 +69,9 @@ def _referenced(row: Row, reference: str) -> dict[str, Any]:
 
 
 def _pair(row: Row, better: Any, worse: Any) -> dict[str, Any]:
-    if not converter(row, PROMPTS) and isinstance(better, list) and isinstance(worse, list):
+    if not prompt_format(tuple(row)) and isinstance(better, list) and isinstance(worse, list):
         return _two_dialogues(row, better, worse)
     answers = {"chosen": _answer(better, "chosen"), "rejected": _answer(worse, "rejected")}
-    # A list of whole dialogues may stand beside its prompt, which it then repeats.
     record = {**_prompt(row), **answers}
     if not all(answers.values()):
         raise Unusable("问题或回答为空")

@@ -6,7 +6,7 @@ with a reason.
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 Messages = list[dict[str, str]]
@@ -158,15 +158,3 @@ def dialogue(system: str, messages: Messages, answered: bool = True) -> dict[str
     if changes:
         found["changes"] = changes
     return found
-
-
-# The fields that tell a format, most specific first, and what makes its messages.
-Formats = list[tuple[tuple[str, ...], Callable[[Row], Messages]]]
-
-
-def converter(row: Mapping[str, Any], formats: Formats) -> Callable[[Row], Messages] | None:
-    """What makes messages of a row: of the first format whose fields are all there."""
-    for fields, convert in formats:
-        if all(field in row for field in fields):
-            return convert
-    return None

@@ -226,7 +226,7 @@ RAW = st.one_of(
             b"{}",
             b"}{",
             b"\xef\xbb\xbf{}",
-        ]  # fmt: skip
+        ]
     ),
     st.binary(min_size=1, max_size=40).map(lambda data: b"{" + data.replace(b"\n", b"")),
 )

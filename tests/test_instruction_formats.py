@@ -23,7 +23,7 @@ def said(role, content):
     "row",
     [
         {"conversations": [HUMAN], "chosen": "好", "rejected": "坏"},
-        {"conversations": [HUMAN], "chosen": {"from": "gpt", "value": "好"}, "rejected": {"from": "gpt", "value": "坏"}},
+        {"conversations": [HUMAN], "chosen": {**GPT, "value": "好"}, "rejected": {**GPT, "value": "坏"}},
         {"question": "问", "response_chosen": "好", "response_rejected": "坏"},
         {"question": "问", "answer_zh": "好", "answer_en": "坏"},
         {"instruction": "问", "input": "", "output": ["好", "坏"]},
@@ -39,7 +39,8 @@ def test_preferences(row):
 
 
 def test_preferences_keep_system_and_history():
-    row = {"system": "守", "history": [["前问", "前答"]], "question": "问", "response_chosen": "好", "response_rejected": "坏"}  # fmt: skip  # noqa: E501
+    row = {"system": "守", "history": [["前问", "前答"]], "question": "问"}
+    row |= {"response_chosen": "好", "response_rejected": "坏"}
     record = to_record(row)
     assert record["system"] == "守" and [m["content"] for m in record["messages"]] == ["前问", "前答", "问"]
 

@@ -55,7 +55,9 @@ def registry(tmp_path):
             "file_name": "dpo.json", "ranking": True, "tags": tags,
             "columns": {"prompt": "p", "chosen": "good", "rejected": "bad"},
         },
-        "judged": {"file_name": "kto.json", "columns": {"prompt": "instruction", "response": "output", "kto_tag": "ok"}},
+        "judged": {
+            "file_name": "kto.json", "columns": {"prompt": "instruction", "response": "output", "kto_tag": "ok"},
+        },
         "folder": {"hf_hub_url": "hub", "columns": columns, "split": "train"},
         "script": {"script_url": "x.py"},
         "lost": {"file_name": "missing.json"},

@@ -86,7 +86,7 @@ def test_convert_there_and_back(mixed, tmp_path):
         return [{key: value for key, value in record.items() if key != "source"} for record in found]
 
     path = mixed
-    for number, style in enumerate(["sharegpt", "alpaca", "openai", "sharegpt", "openai", "alpaca"]):
+    for number, style in enumerate(["sharegpt", "alpaca", "openai", "alpaca"]):
         out = tmp_path / f"{number}.json"
         script("sft_tools.py", "convert", path, "--to", style, "--out", out)
         assert records(out) == records(mixed)

@@ -8,7 +8,6 @@ the validation documents (sources/validation.py) and puts the runs together, shu
 """
 
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,10 @@ from sources.pieces import Piece, split_into_pieces
 from sources.published_tokens import TokenPiece, published_bins, split_published
 from sources.report import settings, table
 from sources.token_files import TokenFile, open_token_files
-from sources.token_runs import MOST_COPIES, Run, documents_below, gather, in_order, run_paths, starts_of
+from sources.token_runs import Run, documents_below, gather, in_order, run_paths, starts_of
 from sources.tokenise import Options, make_tasks, tokenise
 from sources.validation import HASHES, choose_limit, highest_limit
+from sources.weights import check_names, parse_weights
 from stage import (
     DEMO_DIR,
     ROOT,
@@ -82,7 +82,7 @@ class Config(StageConfig):
         require(0 <= self.valid_fraction < 1, "valid_fraction", self.valid_fraction, "不小于 0 且小于 1")
         for name in ("valid_documents", "valid_tokens", "seed", "workers"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "不能小于 0")
-        parse_weights(self)
+        parse_weights(self.weights)
         if sidecar_path(self.out).resolve() == sidecar_path(self.valid).resolve():
             raise UserError(f"--out {self.out} 和 --valid {self.valid} 会互相覆盖；请用不同的名字。")
 
@@ -105,23 +105,6 @@ def bins(cfg: Config) -> list[Path]:
     """The token files to merge: those named, and unless told otherwise those lying in data/."""
     found = published_bins(ROOT / "data", {cfg.out, cfg.valid}) if cfg.find_bin and not cfg.demo else []
     return list(dict.fromkeys([*cfg.bin, *found]))
-
-
-def parse_weights(cfg: Config) -> dict[str, float]:
-    """Weight by source, from `name=number`."""
-    weights = {}
-    for entry in cfg.weights:
-        name, _, number = entry.rpartition("=")
-        try:
-            weights[name] = float(number)
-        except ValueError:
-            weights[name] = float("nan")
-        if not (name and 0 < weights[name] <= MOST_COPIES):
-            raise UserError(
-                f"--weights 的每一项写成 来源=遍数，遍数大于 0 且不超过 {MOST_COPIES}，现在是 {entry}；"
-                "不想要的来源请移出语料文件夹。"
-            )
-    return weights
 
 
 def open_tokenizer(cfg: Config) -> Tokenizer:
@@ -150,7 +133,7 @@ def main(cfg: Config) -> None:
         check_writable(path)
     tokenizer = open_tokenizer(cfg)
     pieces = find_pieces(cfg, tokenizer)
-    weights = parse_weights(cfg)
+    weights = parse_weights(cfg.weights)
     if not any(piece.file.suffix == ".parquet" for piece in pieces):  # their rows may name their own sources
         check_names(weights, {piece.source for piece in pieces})
     seed = cfg.seed if cfg.shuffle else None
@@ -168,12 +151,6 @@ def main(cfg: Config) -> None:
         check_names(weights, read)
         train, valid, report = write(cfg, tokenizer, list_runs(work, results, list(read)), read)
     show(train, valid, report, time.perf_counter() - start)
-
-
-def check_names(weights: dict[str, float], names: Iterable[str]) -> None:
-    """Raise UserError for a weight of a source that is not there."""
-    if unknown := set(weights) - set(names):
-        raise UserError(f"--weights 里的来源 {'、'.join(unknown)} 不存在；有的来源：{'、'.join(names)}。")
 
 
 def read_counts(results: list[dict[str, Any]]) -> Counts:
@@ -217,7 +194,7 @@ def write(
         report["validation"] = {"fraction": limit / HASHES, "repeated_documents": repeated}
         report["weights"] = {
             name: {"weight": weight, "read": read[name], "trained": train.sources().get(name, {})}
-            for name, weight in parse_weights(cfg).items()
+            for name, weight in parse_weights(cfg.weights).items()
         }
     return train, valid, report
 

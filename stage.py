@@ -81,11 +81,16 @@ def parse(config_class: type[StageConfig], argv: list[str] | None = None) -> Sta
 
 
 def run_stage(config_class: type[StageConfig], main: Callable[[Any], None]) -> None:
-    """Parse the settings and run the stage; an error of the user's ends it with one line, not a traceback."""
+    """Parse the settings and run the stage."""
+    run(lambda: main(parse(config_class)))
+
+
+def run(work: Callable[[], object]) -> None:
+    """Run a script's work; an error of the user's ends it with one line, not a traceback."""
     for stream in (sys.stdout, sys.stderr):  # Windows consoles and LANG=C would fail on Chinese text
         stream.reconfigure(encoding="utf-8", errors="replace")
     try:
-        main(parse(config_class))
+        work()
     except UserError as error:
         sys.exit(f"错误：{error}")
     except KeyboardInterrupt:

@@ -35,7 +35,9 @@ class Part(NamedTuple):
         return self.start == 0 and self.end is None
 
 
-def read_rows(path: Path, aside: SetAside, as_csv: bool = False) -> Iterator[tuple[int, Row]]:
+def read_rows(
+    path: Path, aside: SetAside, as_csv: bool = False, decode: Decode = exact_json
+) -> Iterator[tuple[int, Row]]:
     """Yield (row number from 1, row) of every usable row; everything else goes to `aside`.
 
     Rows are dicts, or strings for plain text, which is one document per line. With `as_csv`, what is
@@ -44,7 +46,7 @@ def read_rows(path: Path, aside: SetAside, as_csv: bool = False) -> Iterator[tup
     last = 0
     for part in open_parts(path, aside, as_csv=as_csv):
         before = last
-        for number, row in complete(part_rows(part, exact_json), part):
+        for number, row in complete(part_rows(part, decode), part):
             last = before + number
             yield last, row
 

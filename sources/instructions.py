@@ -1,158 +1,167 @@
 """Instructions and dialogues of every public format -> one shape: messages, and optionally a system text.
 
-A format is one line of `FORMATS`: the fields that tell it, and a converter.
+A format is one line of `FORMATS` (with an answer) or `PROMPTS` (the question alone, whose answers stand in fields
+of their own: see preferences.py): the fields that tell it, and what makes its messages.
 """
 
-import json
 import re
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
-from sources.aside import SetAside
-from sources.containers import read_rows
-from sources.files import OUR_OUTPUTS, list_files, source_name
+from sources.turns import (
+    Messages,
+    Row,
+    Unusable,
+    any_messages,
+    check_attachments,
+    dialogue,
+    history_of,
+    list_of,
+    pairs_of,
+    text_of,
+)
 
-Messages = list[dict[str, str]]
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-TOOL_ROLES = {"function_call", "function", "observation", "tool"}
+Convert = Callable[[Row], Messages]
+Formats = list[tuple[tuple[str, ...], Convert]]
 
-
-class Unusable(Exception):
-    """Why a row is not an instruction."""
-
-
-def read_instructions(path: Path, aside: SetAside) -> Iterator[dict[str, Any]]:
-    """Every instruction of a file or folder as {"messages", "source"} and, where it has one, "system"."""
-    for file in list_files(path, OUR_OUTPUTS):
-        source = source_name(file, path)
-        for number, row in read_rows(file, aside, as_csv=True):
-            try:
-                yield {**to_messages(row), "source": source}
-            except Unusable as reason:
-                aside.add(file, number, str(reason), row)
+# fnlp's moss-003: <|Human|>: … <eoh>, <|MOSS|>: … <eom>, and <sup><|1|></sup> where a web page is quoted
+MOSS_MARKERS = re.compile(r"<sup><\|\d+\|></sup>|^\s*<\|(Human|MOSS)\|>:?|<eo[hmtcr]>\s*$")
+MOSS_SIDES = ("Human", "MOSS")
+MOSS_TOOLS = ("Commands", "Tool Responses")
 
 
-def to_messages(row: dict[str, Any]) -> dict[str, Any]:
-    """{"messages": alternating user and assistant turns, "system": optional}; raises Unusable."""
-    if not isinstance(row, dict):
-        raise Unusable("不是 JSON 对象")
-    for fields, convert in FORMATS:
-        if all(field in row for field in fields):
-            messages = convert(row)
-            break
-    else:
-        raise Unusable(f"没有已知的指令字段（现有字段：{'、'.join(list(row)[:6]) or '无'}）")
-    system = _text(row.get("system") or "", "system")
-    if messages and messages[0]["role"] == "system":
-        system = messages.pop(0)["content"]
-    _check(messages)
-    return {"messages": messages, "system": system} if system else {"messages": messages}
+def to_messages(row: Row) -> dict[str, Any]:
+    """{"messages": alternating user and assistant turns, "system": optional, "changes": optional}.
+
+    changes: what had to be mended, in words. Raises Unusable.
+    """
+    convert = answered_format(tuple(row))
+    if not convert:
+        names = "、".join(str(name)[:30] for name in list(row)[:6])
+        raise Unusable(f"没有已知的指令字段（现有字段：{names or '无'}）")
+    check_attachments(row)
+    return dialogue(system_of(row), convert(row))
 
 
-def _check(messages: Messages) -> None:
-    if [message["role"] for message in messages] != ["user", "assistant"] * (len(messages) // 2):
-        raise Unusable("对话不是一问一答、以回答结尾")
-    if not messages:
-        raise Unusable("对话为空")
-    if not all(message["content"] for message in messages):
-        raise Unusable("问题或回答为空")
+@lru_cache(maxsize=1024)
+def answered_format(fields: tuple[str, ...]) -> Convert | None:
+    """What makes messages of rows with these fields, question and answer; None if nothing does."""
+    return _first(FORMATS, fields)
 
 
-def _text(value: Any, field: str) -> str:
-    if value is None:
+@lru_cache(maxsize=1024)
+def prompt_format(fields: tuple[str, ...]) -> Convert | None:
+    """What makes messages of rows with these fields, up to the question; None if nothing does."""
+    return _first(PROMPTS, fields)
+
+
+def _first(formats: Formats, fields: tuple[str, ...]) -> Convert | None:
+    return next((convert for telling, convert in formats if set(telling) <= set(fields)), None)
+
+
+def system_of(row: Row) -> str:
+    """The system text that a field of its own holds."""
+    if "system" not in row and "meta_instruction" not in row:
         return ""
-    if not isinstance(value, str):
-        raise Unusable(f"字段 {field} 不是文字")
-    return value.strip()
+    return "\n".join(filter(None, (text_of(row.get(name), name) for name in ("system", "meta_instruction"))))
 
 
-def _turns(pairs: list[tuple[str, str]]) -> Messages:
-    """Question and answer pairs as messages."""
-    return [
-        {"role": role, "content": content}
-        for pair in pairs
-        for role, content in zip(("user", "assistant"), pair, strict=True)
-    ]
+def _question(*fields: str) -> Callable[[Row], Messages]:
+    """A question that fields make together, a line each, behind an optional history."""
 
-
-def _alpaca(row: dict[str, Any]) -> Messages:
-    """instruction (+ newline + input) -> output, after an optional history of pairs."""
-    question = [_text(row["instruction"], "instruction"), _text(row.get("input"), "input")]
-    answer = _text(row["output"], "output")
-    return [*_history(row), *_turns([("\n".join(filter(None, question)), answer)])]
-
-
-def _pair(question: str, answer: str) -> Callable[[dict[str, Any]], Messages]:
-    """Two fields, also with the `history` of our own CSV."""
-    return lambda row: [
-        *_history(row),
-        *_turns([(_text(row[question], question), _text(row[answer], answer))]),
-    ]
-
-
-def _history(row: dict[str, Any]) -> Messages:
-    history = row.get("history") or []
-    try:
-        history = json.loads(history) if isinstance(history, str) else history
-        return _turns([(_text(user, "history"), _text(reply, "history")) for user, reply in history])
-    except (ValueError, TypeError, RecursionError) as error:
-        raise Unusable("history 不是 [[问, 答], …]") from error
-
-
-def _messages(field: str, role_field: str, text_field: str) -> Callable[[dict[str, Any]], Messages]:
-    """A list of {role, text} objects under any of the usual names."""
-
-    def convert(row: dict[str, Any]) -> Messages:
-        messages = []
-        for turn in _list(row, field):
-            if not isinstance(turn, dict) or not {role_field, text_field} <= set(turn):
-                raise Unusable(f"{field} 里的轮次缺少 {role_field} 或 {text_field}")
-            role = str(turn[role_field])
-            if role in TOOL_ROLES:
-                raise Unusable("含工具调用，暂不支持")
-            if role not in ROLES:
-                raise Unusable(f"未知的角色 {role[:20]}")
-            messages.append({"role": ROLES[role], "content": _text(turn[text_field], text_field)})
-        return messages
+    def convert(row: Row) -> Messages:
+        question = "\n".join(filter(None, (text_of(row.get(field), field) for field in fields)))
+        return [*history_of(row), {"role": "user", "content": question}]
 
     return convert
 
 
-def _conversation(row: dict[str, Any]) -> Messages:
-    """DISC-Med has {role, content}, ShareGPT-90k and moss {human, assistant} under the same name."""
-    turns = _list(row, "conversation")
-    if turns and isinstance(turns[0], dict) and "role" in turns[0]:
-        return _messages("conversation", "role", "content")(row)
-    try:
-        return _turns([(_text(t["human"], "human"), _text(t["assistant"], "assistant")) for t in turns])
-    except (KeyError, TypeError) as error:
-        raise Unusable("conversation 里的轮次缺少 human 或 assistant") from error
+def _pair(*fields: str) -> Callable[[Row], Messages]:
+    """Fields that make the question, and last the one with the answer."""
+    *question, answer = fields
+    ask = _question(*question)
+    return lambda row: [*ask(row), {"role": "assistant", "content": text_of(row[answer], answer)}]
 
 
-def _huatuo(row: dict[str, Any]) -> Messages:
+def _turns(field: str) -> Callable[[Row], Messages]:
+    return lambda row: any_messages(list_of(row, field), field)
+
+
+def _prompt(row: Row) -> Messages:
+    """A question, or a dialogue that ends with one."""
+    is_list = isinstance(row["prompt"], list)
+    return _turns("prompt")(row) if is_list else _question("prompt")(row)
+
+
+def _huatuo(row: Row) -> Messages:
     """HuatuoGPT: ["问：…", "答：…", …]."""
-    texts = [re.sub("^(问|答)[：:]", "", _text(turn, "data")).strip() for turn in _list(row, "data")]
-    if len(texts) % 2:
-        raise Unusable("对话不是一问一答、以回答结尾")
-    return _turns(list(zip(texts[::2], texts[1::2], strict=True)))
+    texts = [re.sub("^(问|答)[：:]", "", text_of(turn, "data")).strip() for turn in list_of(row, "data")]
+    sides = ("user", "assistant")
+    return [{"role": sides[place % 2], "content": text} for place, text in enumerate(texts)]
 
 
-def _list(row: dict[str, Any], field: str) -> list[Any]:
-    if not isinstance(row[field], list):
-        raise Unusable(f"字段 {field} 不是列表")
-    return row[field]
+def _moss(row: Row) -> Messages:
+    """fnlp's moss-003-sft: chat = {"turn_1": {"Human": …, "MOSS": …}, …}, in the order of their numbers."""
+    chat = row["chat"]
+    if isinstance(chat, list):
+        return any_messages(chat, "chat")
+    if not isinstance(chat, dict) or not all(isinstance(turn, dict) for turn in chat.values()):
+        raise Unusable("chat 不是 {turn_1: {Human, MOSS}, …}")
+    pairs = []
+    for name in sorted(chat, key=lambda name: int("0" + "".join(re.findall("[0-9]", name))[:9])):
+        turn = chat[name]
+        if not set(MOSS_SIDES) <= set(turn):
+            raise Unusable("chat 里的轮次缺少 Human 或 MOSS")
+        for tool in MOSS_TOOLS:  # "None" where none is used
+            if _without_markers(re.sub(r"^\s*<\|[^|]*\|>:?", "", text_of(turn.get(tool), tool))) not in (
+                "",
+                "None",
+            ):
+                raise Unusable("含工具调用，暂不支持")
+        pairs.append(tuple(_without_markers(text_of(turn[side], side)) for side in MOSS_SIDES))
+    if not pairs:
+        raise Unusable("对话为空")
+    return pairs_of(pairs)
+
+
+def _without_markers(text: str) -> str:
+    return MOSS_MARKERS.sub("", text).strip()
 
 
 # Most specific first.
-FORMATS: list[tuple[tuple[str, ...], Callable[[dict[str, Any]], Messages]]] = [
-    (("messages",), _messages("messages", "role", "content")),  # OpenAI
-    (("conversations",), _messages("conversations", "from", "value")),  # sharegpt
-    (("conversation",), _conversation),  # DISC-Med-SFT, ShareGPT-Chinese-English-90k
+PROMPTS: Formats = [
+    (("messages",), _turns("messages")),
+    (("conversations",), _turns("conversations")),
+    (("conversation",), _turns("conversation")),
+    (("prompt",), _prompt),
+    (("instruction",), _question("instruction", "input")),
+    (("question",), _question("question")),
+    (("query",), _question("query")),
+]
+FORMATS: Formats = [
+    (("messages",), _turns("messages")),  # OpenAI
+    (("conversations",), _turns("conversations")),  # sharegpt
+    (
+        ("conversation",),
+        _turns("conversation"),
+    ),  # DISC-Med-SFT, ShareGPT-Chinese-English-90k, moss of YeungNLP
+    (("chat",), _moss),  # moss-003-sft
     (("data",), _huatuo),  # HuatuoGPT-sft-data-v1
-    (("instruction", "output"), _alpaca),  # alpaca, BELLE, medical, ruozhiba, with history
+    (("instruction", "output"), _pair("instruction", "input", "output")),  # alpaca, BELLE, medical, ruozhiba
     (("instruct", "output"), _pair("instruct", "output")),  # some rows of CMtMedQA
+    (("instruction", "response"), _pair("instruction", "context", "response")),  # Dolly
     (("input", "target"), _pair("input", "target")),  # merged BELLE, firefly
+    (("input", "output"), _pair("input", "output")),
     (("query", "response"), _pair("query", "response")),  # ChatMed
     (("prompt", "answer"), _pair("prompt", "answer")),  # our own CSV
+    (("prompt", "completion"), lambda row: [*_prompt(row), *_completion(row)]),  # TRL
+    (("prompt", "response"), _pair("prompt", "response")),
 ]
+
+
+def _completion(row: Row) -> Messages:
+    value = row["completion"]
+    if isinstance(value, list) and value and isinstance(value[0], dict) and "role" in value[0]:
+        return any_messages(value, "completion")
+    return [{"role": "assistant", "content": text_of(value, "completion")}]

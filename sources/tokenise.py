@@ -16,8 +16,9 @@ from data_clean.texts import Texts, from_arrow
 from sources.aside import SetAside
 from sources.pieces import PIECE_BYTES, Piece, read_batches
 from sources.published_tokens import PublishedReader, TokenPiece
-from sources.token_runs import ENTRY, RunWriter, gather, mix, starts_of
+from sources.token_runs import ENTRY, RunWriter, gather, starts_of
 from sources.validation import text_hashes
+from sources.weights import draw_copies
 
 
 class Options(NamedTuple):
@@ -130,15 +131,6 @@ def describe(documents: Documents) -> np.ndarray:
     entries["bytes"] = documents.texts.sizes
     entries["source"] = documents.sources
     return entries
-
-
-def draw_copies(hashes: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """How often documents are trained on, (n,): the whole part of the weight, and once more with its fraction.
-
-    The hash of the text draws, so that the choice is the same whatever else is in the corpus.
-    """
-    drawn = mix(hashes) / 2.0**64  # mixed: the hash itself decides about validation
-    return np.floor(weights).astype(np.int64) + (drawn < weights % 1)
 
 
 def ids_of(documents: Documents, wanted: np.ndarray, encoder: BatchEncoder) -> tuple[np.ndarray, np.ndarray]:

@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sources.aside import SetAside
-from sources.instructions import Unusable, read_instructions, to_messages
+from sources.instructions import to_messages
+from sources.records import read_records
 from sources.sft_csv import read_sft_csv, write_sft_csv
+from sources.turns import Unusable
 from stage import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,7 +83,7 @@ def test_instruction_input_history_and_system():
         ({"conversations": [{"from": ["x"], "value": "问"}]}, "角色"),
         ({"messages": "问"}, "不是列表"),
         ({"messages": []}, "为空"),
-        ({"data": ["问：x"]}, "一问一答"),
+        ({"data": ["问：x"]}, "没有回答"),
     ],
 )
 def test_unusable_instructions(row, reason):
@@ -89,12 +91,12 @@ def test_unusable_instructions(row, reason):
         to_messages(row)
 
 
-def test_read_instructions_counts_add_up(tmp_path):
+def test_read_records_counts_add_up(tmp_path):
     rows = [{"instruction": "问", "output": "答"}, {"instruction": 3, "output": "答"}, {}]
     (tmp_path / "a.json").write_text(json.dumps(rows), encoding="utf-8")
     (tmp_path / "b").write_text('prompt,answer\n"问,\n{}",答\n问,\n1,2,3\n', encoding="utf-8")
     aside = SetAside()
-    read = list(read_instructions(tmp_path, aside))
+    read = list(read_records(tmp_path, aside))
     assert [row["source"] for row in read] == ["a", "b"] and read[1]["messages"][0]["content"] == "问,\n{}"
     assert len(aside) == 4
 
@@ -172,7 +174,8 @@ def test_rules_counts_and_columns(tmp_path):
     ]
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "alpaca.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
-    result = process("--data", tmp_path / "raw", "--out", tmp_path / "sft.csv")
+    limits = ["--min_question", "10", "--max_question", "256", "--min_answer", "5", "--max_answer", "256"]
+    result = process("--data", tmp_path / "raw", "--out", tmp_path / "sft.csv", *limits)
     assert result.returncode == 0, result.stderr
     with open(tmp_path / "sft.csv", encoding="utf-8", newline="") as handle:
         written = list(csv.reader(handle))
@@ -184,15 +187,34 @@ def test_rules_counts_and_columns(tmp_path):
     ]
     report = json.loads((tmp_path / "sft.json").read_text(encoding="utf-8"))
     assert report["sources"]["alpaca"] == {
-        "读入": 8,
+        "读入": 9,
         "保留": 3,
         "问题过短": 1,
         "问题过长": 1,
         "回答过短": 1,
         "回答过长": 1,
         "完全重复": 1,
+        "近似重复": 0,
+        "未抽中": 0,
+        "搁置": 1,
     }
     assert report["set_aside"]["rows"] == 1 and "问题过短" in result.stdout
+
+
+def test_the_screen_says_how_to_keep_more_and_near_duplicates_go(tmp_path):
+    long = "请根据下面的病历，用通俗的语言向病人说明诊断结果和今后需要注意的事项："
+    rows = [alpaca(f"{long}第{n}份。") for n in (1, 2)] + [
+        alpaca(),
+        alpaca(answer="长" * 5000),
+        alpaca("完全不同的另一问"),
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(rows), encoding="utf-8")
+    result = process("--data", tmp_path / "a.json", "--out", tmp_path / "sft.csv", "--near_duplicates")
+    counts = json.loads((tmp_path / "sft.json").read_text(encoding="utf-8"))["sources"]["a"]
+    assert (counts["保留"], counts["近似重复"], counts["回答过长"]) == (3, 1, 1)
+    assert "--max_answer 0" in result.stdout
+    result = process("--data", tmp_path / "a.json", "--out", tmp_path / "sft.csv", "--max_answer", 0)
+    assert "5 条" in result.stdout and "--max_answer 0" not in result.stdout
 
 
 def test_dialogues_keep_their_history_and_system(tmp_path):
@@ -252,5 +274,5 @@ def test_public_sets_are_read_whole(tmp_path):
     assert process("--data", SHARED, "--out", tmp_path / "sft.csv").returncode == 0
     report = json.loads((tmp_path / "sft.json").read_text(encoding="utf-8"))
     read = {name: counts["读入"] for name, counts in report["sources"].items()}
-    assert sum(read.values()) + report["set_aside"]["rows"] == 1000 + 8658 + 1000 + 1000 + 1144
-    assert report["set_aside"]["rows"] < 20
+    assert sum(read.values()) == 1000 + 8658 + 1000 + 1000 + 1144
+    assert report["set_aside"]["rows"] < 5 and report["rows"] > 12_750  # the defaults lose next to nothing

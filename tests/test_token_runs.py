@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from data_clean.texts import from_strings
 from sources import token_runs
 from sources.token_runs import ENTRY, NOT_TRAINED, Run, RunWriter, in_order, order_numbers, run_paths
-from sources.tokenise import draw_copies
 from sources.validation import HASHES, choose_limit, text_hashes, validation_limit
+from sources.weights import draw_copies
 
 DTYPE = np.dtype("<u2")
 LARGEST = 2**64 - 1

@@ -1,0 +1,105 @@
+"""Preferences of every public format, answers with a verdict, questions with a reference answer.
+
+Which of the shapes of `to_record` a row has is told by its fields. The question may stand in any of the formats of
+`PROMPTS` (instructions.py).
+"""
+
+from typing import Any
+
+from sources.instructions import answered_format, prompt_format, system_of, to_messages
+from sources.turns import Row, Unusable, any_messages, check_attachments, dialogue, text_of
+
+# Better and worse answer: DPO sets and MedicalGPT; shibing624/medical; DPO-zh-en-emoji.
+PAIRS = [("chosen", "rejected"), ("response_chosen", "response_rejected"), ("answer_zh", "answer_en")]
+VERDICTS = ("label", "kto_tag")
+SAME = "两个回答相同"
+
+
+def to_record(row: Any) -> dict[str, Any]:
+    """A row of any format in one of four shapes, told apart by their fields; raises Unusable.
+
+    {"messages"}: a dialogue that ends with an answer; with "label" (bool) one that is judged (KTO).
+    {"messages", "chosen", "rejected"}: a dialogue that ends with a question, and two answers.
+    {"messages", "reference"}: a dialogue that ends with a question, and what is right (reinforcement learning).
+    All of them with "system" where there is such a text, and "changes" where something had to be mended.
+    """
+    if not isinstance(row, dict):
+        raise Unusable("不是 JSON 对象")
+    try:
+        for better, worse in PAIRS:
+            if better in row and worse in row:
+                return _pair(row, row[better], row[worse])
+        if isinstance(row.get("output"), list) and "instruction" in row:  # CareGPT
+            if len(row["output"]) != 2:
+                raise Unusable("output 不是 [较好的回答, 较差的回答]")
+            return _pair({k: v for k, v in row.items() if k != "output"}, *row["output"])
+        verdict = next((name for name in VERDICTS if isinstance(row.get(name), bool)), None)
+        if verdict:
+            return {**to_messages(row), "label": row[verdict]}
+        if not answered_format(tuple(row)) or "reference" in row:
+            for reference in ("reference", "answer"):
+                if reference in row and prompt_format(tuple(row)):
+                    return _referenced(row, text_of(row[reference], reference))
+        return to_messages(row)
+    except RecursionError:
+        raise Unusable("嵌套过深") from None
+
+
+def as_dialogue(record: dict[str, Any]) -> dict[str, Any]:
+    """A question with its reference answer as a dialogue; other records as they are."""
+    if "reference" not in record:
+        return record
+    answer = {"role": "assistant", "content": record["reference"]}
+    return {**record, "messages": [*record["messages"], answer]}
+
+
+def _prompt(row: Row) -> dict[str, Any]:
+    convert = prompt_format(tuple(row))
+    if not convert:
+        raise Unusable("有回答的字段，但没有已知的提问字段")
+    check_attachments(row)
+    return dialogue(system_of(row), convert(row), answered=False)
+
+
+def _referenced(row: Row, reference: str) -> dict[str, Any]:
+    record = {**_prompt(row), "reference": reference}
+    if not reference:
+        raise Unusable("参考答案为空")
+    return record
+
+
+def _pair(row: Row, better: Any, worse: Any) -> dict[str, Any]:
+    if not prompt_format(tuple(row)) and isinstance(better, list) and isinstance(worse, list):
+        return _two_dialogues(row, better, worse)
+    answers = {"chosen": _answer(better, "chosen"), "rejected": _answer(worse, "rejected")}
+    record = {**_prompt(row), **answers}
+    if not all(answers.values()):
+        raise Unusable("问题或回答为空")
+    if answers["chosen"] == answers["rejected"]:
+        raise Unusable(SAME)
+    return record
+
+
+def _answer(value: Any, field: str) -> str:
+    """An answer as text, as one message under any names, or as the last one of a dialogue."""
+    if isinstance(value, dict):
+        value = [value]
+    if isinstance(value, list) and value and isinstance(value[0], dict) and "type" not in value[0]:
+        last = any_messages(value, field)[-1]
+        if last["role"] != "assistant":
+            raise Unusable(f"{field} 不是助手的回答")
+        return last["content"]
+    return text_of(value, field)
+
+
+def _two_dialogues(row: Row, better: list[Any], worse: list[Any]) -> dict[str, Any]:
+    """Two dialogues that differ in their last answer alone (UltraFeedback)."""
+    check_attachments(row)
+    system = system_of(row)
+    one, other = (dialogue(system, any_messages(turns, "chosen")) for turns in (better, worse))
+    if one["messages"][:-1] != other["messages"][:-1] or one.get("system") != other.get("system"):
+        raise Unusable("chosen 与 rejected 的提问不同")
+    chosen, rejected = one["messages"][-1]["content"], other["messages"][-1]["content"]
+    if chosen == rejected:
+        raise Unusable(SAME)
+    return {**one, "messages": one["messages"][:-1], "chosen": chosen, "rejected": rejected}

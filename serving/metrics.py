@@ -36,7 +36,9 @@ class Metrics:
 
     def text(self, engine: Mapping[str, float]) -> str:
         """All metrics. engine: Engine.stats()."""
-        lines = [*header("http_requests_total", "counter", "HTTP answers by path and status; 499: client gone")]
+        lines = [
+            *header("http_requests_total", "counter", "HTTP answers by path and status; 499: client gone")
+        ]
         for (path, status), count in sorted(self.requests.items()):
             lines.append(f'{PREFIX}http_requests_total{{path="{path}",status="{status}"}} {count}')
         for name, histogram, text in (

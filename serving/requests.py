@@ -77,7 +77,9 @@ class ChatMessage(Strict):
 
 class StreamOptions(Strict):
     include_usage: bool | None = None
-    include_obfuscation: bool | None = None  # nothing here is padded; accepted as it is a default of some clients
+    include_obfuscation: bool | None = (
+        None  # nothing here is padded; accepted as it is a default of some clients
+    )
 
 
 class Request(Strict):

@@ -85,6 +85,7 @@ def main(cfg: Config) -> None:
         access_log=cfg.access_log,
         timeout_graceful_shutdown=5,
         ws="none",
+        lifespan="off",
     )
 
     class Server(uvicorn.Server):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware.cors import CORSMiddleware
@@ -50,7 +50,7 @@ def create_app(
     app = FastAPI(title="Baby-Llama2-Chinese", version="1", docs_url=None, redoc_url=None)
     add_completions(app, service)
     add_rest(app, service)
-    app.mount("/", StaticFiles(directory=PAGE, html=True))
+    app.mount("/page", StaticFiles(directory=PAGE))
     errors.install(app, NAMES)
     app.add_middleware(Gate, service=service, keys=keys, max_body=max_body, timeout=service.timeout)
     if cors:
@@ -107,6 +107,10 @@ def add_completions(app: FastAPI, service: Service) -> None:
 
 
 def add_rest(app: FastAPI, service: Service) -> None:
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(PAGE / "index.html")
+
     @app.get("/v1/models", responses=documented(401, 503))
     async def models() -> ModelList:
         """有哪些模型：一个。"""

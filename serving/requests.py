@@ -99,7 +99,7 @@ class Request(Strict):
     # not OpenAI's; the names are those of vLLM and llama.cpp
     top_k: Annotated[int, Field(ge=-1, description="-1 或 0：不限")] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -183,7 +183,8 @@ function drawer(article, message) {
 function summary(usage, reason, seconds) {
   const tokens = usage?.completion_tokens ?? 0;
   const speed = tokens > 1 && seconds > 0 ? ` · ${((tokens - 1) / seconds).toFixed(1)} token/秒` : "";
-  return `${tokens} token${speed}${reason === "length" ? " · 已到长度上限" : ""}`;
+  const count = tokens ? `${tokens} token` : "";
+  return `${count}${speed}${reason === "length" ? " · 已到长度上限" : ""}`;
 }
 
 function fail(error) {

@@ -32,6 +32,8 @@ from chatglm_tokenizer.chat import CHAT_TEMPLATE, encode_chat
 from exchange import llamacpp
 from exchange.check import divergence, logits_of
 from exchange.gguf_file import FILE_TYPES, write_gguf
+from generation.batch import generate
+from generation.sampling import Sampling
 from sources.aside import SetAside
 from sources.containers import read_rows
 from sources.files import list_files
@@ -80,7 +82,7 @@ def main(cfg: Config) -> None:
     long = [row[:8] for row in ids if len(row) > 8]
     prompts = long[:: -(-len(long) // cfg.prompts)]
     new = min(cfg.max_new_tokens, model.args.max_seq_len - 8)
-    expected = model.generate(prompts, new, temperature=0)
+    expected = generate(model, prompts, Sampling(new, temperature=0))
     inputs = [ids for ids, _ in windows]
     ours = logits_of(model, inputs)
     base = perplexity(ours, windows)

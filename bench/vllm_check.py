@@ -23,6 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script 
 
 from chatglm_tokenizer.chat import encode_prompt
 from exchange.check import DIALOGUES
+from generation.batch import generate
+from generation.sampling import Sampling
 from sources.report import table
 from stage import DEMO_OUT, ROOT, StageConfig, UserError, need, require, run_stage
 from training import checkpoint
@@ -151,7 +153,7 @@ def compare(cfg: Config, loaded: checkpoint.Checkpoint, port: int) -> list[list]
 
 
 def greedy(cfg: Config, loaded: checkpoint.Checkpoint, ids: list[int], stop_ids: Sequence[int]) -> list[int]:
-    return loaded.model.generate([ids], cfg.max_new_tokens, temperature=0, stop_ids=stop_ids)[0]
+    return generate(loaded.model, [ids], Sampling(cfg.max_new_tokens, temperature=0), stop_ids)[0]
 
 
 def post(cfg: Config, port: int, path: str, content: dict[str, Any]) -> dict[str, Any]:

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
+from chatglm_tokenizer.base import Tokenizer
 from chatglm_tokenizer.chat import Message, encode_prompt
-from chatglm_tokenizer.tokenization_chatglm import ChatGLMTokenizer
 from generation.engine import Answer, Engine
 from generation.sampling import Sampling
 
@@ -20,7 +20,7 @@ HELP = """输入问题后回车；回答时按 Ctrl-C 停止这一条回答。�
 class TerminalChat:
     """A dialogue: its messages, the answer in progress, and the commands."""
 
-    def __init__(self, engine: Engine, tokenizer: ChatGLMTokenizer, sampling: Sampling, room: int):
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, sampling: Sampling, room: int):
         """room: tokens that the dialogue may take of the context."""
         self.engine, self.tokenizer, self.sampling, self.room = engine, tokenizer, sampling, room
         self.messages: list[Message] = []
@@ -98,7 +98,7 @@ class TerminalChat:
         return replace(self.sampling, temperature=self.sampling.temperature or 0.8, seed=None)
 
 
-def turns_left_out(messages: Sequence[Message], prompt: Sequence[int], tokenizer: ChatGLMTokenizer) -> int:
+def turns_left_out(messages: Sequence[Message], prompt: Sequence[int], tokenizer: Tokenizer) -> int:
     """How many of the oldest turns a prompt does without."""
     system = [m for m in messages if m["role"] == "system"]
     rest = messages[len(system) :]

@@ -21,6 +21,8 @@ from chatglm_tokenizer.chat import CHAT_TEMPLATE, encode_chat, encode_prompt
 from chatglm_tokenizer.tokenization_chatglm import ChatGLMTokenizer
 from exchange import check, llamacpp
 from exchange.hf_tokenizer_file import write_tokenizer
+from generation.batch import generate
+from generation.sampling import Sampling
 from model import ModelArgs, Transformer
 from training import checkpoint
 
@@ -282,7 +284,7 @@ def test_llama_cpp_gives_our_logits_ids_and_greedy_text(
     assert [answers.ids[i] for i in texts_without_nul] == [
         loaded.tokenizer.encode(texts[i]) for i in texts_without_nul
     ]
-    assert answers.greedy == model.generate(prompts, new, temperature=0, stop_ids=[2])
+    assert answers.greedy == generate(model, prompts, Sampling(new, temperature=0), [2])
     for prompt, logits in zip(prompts, answers.logits, strict=True):
         assert np.abs(check.logits_of(model, [prompt])[0] - logits).max() < 1e-3
 

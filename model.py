@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from loss import IGNORE as IGNORE  # part of what this module offers
 from loss import cross_entropy
+from rope import rope_table, standard_scaling
 
 
 @dataclass
@@ -33,6 +34,8 @@ class ModelArgs:
     rope_theta: float = 10000.0
     dropout: float = 0.0
     tie_embeddings: bool = True  # the output matrix is the embedding matrix
+    head_dim: int | None = None  # width of a head; by default dim / n_heads
+    rope_scaling: dict | None = None  # extension of the context, under Hugging Face's keys (rope.py)
 
     def __post_init__(self) -> None:
         self.n_kv_heads = self.n_heads if self.n_kv_heads is None else self.n_kv_heads
@@ -40,9 +43,11 @@ class ModelArgs:
             self.hidden_dim = self.multiple_of * math.ceil(int(8 * self.dim / 3) / self.multiple_of)
         if min(self.dim, self.n_layers, self.n_heads, self.n_kv_heads, self.max_seq_len, self.vocab_size) < 1:
             raise ValueError("every size of a model must be at least 1")
-        self.head_dim = self.dim // self.n_heads
-        if self.dim % self.n_heads or self.n_heads % self.n_kv_heads or self.head_dim % 2:
+        if self.head_dim is None:
+            self.head_dim = self.dim // self.n_heads if self.dim % self.n_heads == 0 else 1
+        if self.n_heads % self.n_kv_heads or self.head_dim % 2 or self.head_dim < 2:
             raise ValueError("n_heads must divide dim into an even width, and n_kv_heads divide n_heads")
+        self.rope_scaling = standard_scaling(self.rope_scaling, self.max_seq_len)
 
 
 # `pretrain.py --model NAME`. The large ones keep to widths that every quantisation format accepts.
@@ -65,13 +70,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).type_as(x)
-
-
-def rope_table(args: ModelArgs) -> Tensor:
-    """Cosines and sines of the rotary angles, (max_seq_len, D/2, 2) (https://arxiv.org/abs/2104.09864)."""
-    exponents = torch.arange(0, args.head_dim, 2).float() / args.head_dim
-    angles = torch.outer(torch.arange(args.max_seq_len).float(), args.rope_theta**-exponents)
-    return torch.stack((angles.cos(), angles.sin()), dim=-1)
 
 
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
@@ -197,6 +195,7 @@ class Transformer(nn.Module):
         last: Tensor | None = None,
         reduction: str = "mean",
         documents: Tensor | None = None,
+        labelled: Tensor | None = None,
     ) -> Tensor:
         """Logits, or the loss when there are targets.
 
@@ -205,13 +204,15 @@ class Transformer(nn.Module):
         reduction: "mean" or "sum" over the targets that bear loss. ValueError if T exceeds max_seq_len.
         documents: (B, T) numbers of the documents (without a cache): a token sees those of its own number only,
         and positions restart where the number changes; padding has a number of its own.
+        labelled: (n,) places among the B * T targets, all that bear loss among them: logits are made of these alone.
         """
         T, limit = tokens.shape[1], self.args.max_seq_len
         if limit < T:
             raise ValueError(f"{T} tokens exceed max_seq_len={limit}")
         rope, mask = self.rope[None, :T], None  # (1, T, D/2, 2)
         if cache is not None:
-            rope, mask = self.rope[cache.positions], cache.mask  # (B, T, D/2, 2), (B, 1, T, S)
+            rope = self.rope[cache.positions].to(self.norm.weight.dtype)  # (B, T, D/2, 2)
+            mask = cache.mask  # (B, 1, T, S)
         elif documents is not None:
             rope = self.rope[document_positions(documents)]  # (B, T, D/2, 2)
             mask = document_mask(documents)  # (B, 1, T, T)
@@ -221,12 +222,14 @@ class Transformer(nn.Module):
                 x = checkpoint(layer, x, rope, cache, mask, use_reentrant=False)
             else:
                 x = layer(x, rope, cache, mask)
+        if targets is not None:
+            x, targets = x.flatten(0, 1), targets.flatten()  # (B * T, C), (B * T,)
+            if labelled is not None:
+                x, targets = x.index_select(0, labelled), targets.index_select(0, labelled)  # (n, C), (n,)
+            return cross_entropy(self.norm(x), self.output.weight, targets, reduction)
         if last is not None:
             x = x[torch.arange(len(x), device=x.device), last][:, None]  # (B, 1, C)
-        x = self.norm(x)
-        if targets is not None:
-            return cross_entropy(x.flatten(0, 1), self.output.weight, targets.flatten(), reduction)
-        return self.output(x)  # (B, T or 1, V)
+        return self.output(self.norm(x))  # (B, T or 1, V)
 
     def num_params(self) -> int:
         """Number of weights; a tied matrix counts once."""
@@ -238,5 +241,6 @@ class Transformer(nn.Module):
         N counts every matrix that a token is multiplied with: the head, but not the embedding look-up.
         """
         lookup = 0 if self.args.tie_embeddings else self.tok_embeddings.weight.numel()
-        attention = 12 * self.args.n_layers * self.args.dim * (seq_len or self.args.max_seq_len)
+        width = self.args.n_heads * self.args.head_dim  # C, unless the heads' width is given apart
+        attention = 12 * self.args.n_layers * width * (seq_len or self.args.max_seq_len)
         return 6 * (self.num_params() - lookup) + attention

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from chatglm_tokenizer.base import NotText
 from chatglm_tokenizer.chat import encode_prompt
-from chatglm_tokenizer.tokenization_chatglm import NotText
 from generation.engine import Answer, Busy, Engine
 from generation.sampling import Sampling
 from serving.errors import CONTEXT, ApiError
 from serving.metrics import Metrics
 from serving.requests import ChatMessage, ChatRequest, CompletionRequest
 from serving.responses import Health, Model
+from stage import UserError
 from training.checkpoint import Checkpoint
 
 COLDEST = 1e-4  # the engine takes nothing between 0 and this; what is colder always draws the likeliest token
@@ -100,8 +101,8 @@ class Service:
                 answer = min(sampling.max_new_tokens, limit // 2 if wanted else limit // 4)
                 ids = encode_prompt(messages, self.tokenizer, limit - answer)
                 self.check_room(len(ids), 1, "messages")
-        except NotText as error:
-            raise ApiError(400, "messages 含有不合法的文字", "invalid_value", "messages") from error
+        except (UserError, ValueError) as error:  # no text, or no dialogue for the model's own template
+            raise ApiError(400, f"messages：{error}", "invalid_value", "messages") from error
         return ids, replace(sampling, max_new_tokens=min(sampling.max_new_tokens, limit - len(ids)))
 
     def completion_prompt(
@@ -201,5 +202,6 @@ def fingerprint(loaded: Checkpoint) -> str:
     path = Path(loaded.path)
     files = sorted(path.glob("model*.safetensors")) if path.is_dir() else [path]
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    what = json.dumps([asdict(loaded.model.args), loaded.tokenizer.sha256, stats], default=str)
+    precision = [str(loaded.model.tok_embeddings.weight.dtype), str(loaded.model.output)]  # quantised or not
+    what = json.dumps([asdict(loaded.model.args), loaded.tokenizer.sha256, stats, precision], default=str)
     return "fp_" + hashlib.sha256(what.encode()).hexdigest()[:10]

@@ -39,7 +39,16 @@ class Served:
     """serve.py as a user starts it; `url` is where it listens once it is ready."""
 
     def __init__(self, model: Path, *options: object):
-        command = [sys.executable, str(ROOT / "serve.py"), "--model", str(model), "--port", "0"]
+        command = [
+            sys.executable,
+            str(ROOT / "serve.py"),
+            "--model",
+            str(model),
+            "--port",
+            "0",
+            "--precision",
+            "fp32",
+        ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             [*command, *map(str, options)],

@@ -1,5 +1,6 @@
 """serve.py as its clients see it: the official OpenAI client, clients that die, and clients that send garbage."""
 
+import asyncio
 import json
 import signal
 import socket
@@ -13,7 +14,10 @@ import openai
 import pytest
 from served import Served, write_model
 
+from generation.engine import Piece
 from serve import Config, listen, main
+from serving.errors import ApiError
+from serving.reader import Reader
 from stage import UserError
 from training import checkpoint
 
@@ -270,20 +274,13 @@ def test_bodies_that_are_too_large(strict, server) -> None:
     assert_error(httpx.post(f"{strict.url}/v1/completions", content=pieces, headers=headers), 413)
 
 
-def test_a_full_queue_answers_429_and_too_long_a_request_is_cut(strict) -> None:
+def test_a_full_queue_answers_429(strict) -> None:
     def long(seed: int) -> httpx.Response:
-        body = {
-            "model": "tiny",
-            "messages": QUESTION,
-            "max_tokens": 480,
-            "seed": seed,
-            "temperature": 2,
-            "n": 2,
-        }
+        body = {"model": "tiny", "messages": QUESTION, "max_tokens": 480, "seed": seed, "temperature": 2}
         return post(strict, body)
 
-    with ThreadPoolExecutor(6) as pool:
-        responses = list(pool.map(long, range(6)))
+    with ThreadPoolExecutor(8) as pool:
+        responses = list(pool.map(long, range(8)))
     statuses = {r.status_code for r in responses}
     assert 200 in statuses and 429 in statuses and statuses <= {200, 429, 503}
     refused = next(r for r in responses if r.status_code == 429)
@@ -291,6 +288,42 @@ def test_a_full_queue_answers_429_and_too_long_a_request_is_cut(strict) -> None:
     strict.until(running=0, waiting=0)
     too_many = post(strict, {"model": "tiny", "messages": QUESTION, "n": 3})  # could never find a place
     assert_error(too_many, 400, "n")
+
+
+class Slow:
+    """An answer of the engine's that would never end by itself."""
+
+    finish_reason, completion_tokens, is_cancelled = None, 0, False
+
+    def __init__(self, silent: bool):
+        self.silent = silent
+
+    def __iter__(self):
+        while not self.is_cancelled:
+            time.sleep(0.01)
+            if not self.silent:
+                self.completion_tokens += 1
+                yield Piece("x", [1])
+        self.finish_reason = "cancelled"
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+
+
+def test_what_the_time_does_not_allow_is_cut_or_refused() -> None:
+    async def read(reader: Reader) -> str:
+        return "".join([item[1].text async for item in reader if item and item[1]])
+
+    async def run() -> None:
+        spoken = Reader([Slow(silent=False)], timeout=0.3)
+        assert set(await read(spoken)) == {"x"} and spoken.finish_reason(0) == "length"
+        silent = Reader([Slow(silent=True)], timeout=0.1)
+        assert await read(silent) == ""
+        with pytest.raises(ApiError) as error:
+            silent.finish_reason(0)
+        assert (error.value.status, error.value.body.error.code) == (503, "timeout")
+
+    asyncio.run(run())
 
 
 # ---- clients that go away

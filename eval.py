@@ -16,6 +16,8 @@ from tqdm import tqdm
 from chatglm_tokenizer.chat import Message, encode_prompt
 from generation.config import InferenceConfig
 from generation.engine import Engine
+from generation.prepare import Precision
+from generation.terminal import TerminalChat
 from sources.aside import SetAside
 from sources.containers import read_rows
 from sources.instructions import Unusable, to_messages
@@ -31,6 +33,7 @@ class Config(InferenceConfig):
     """对话模型的评测：回答问题、按参考答案打分，或交互聊天（--chat）。"""
 
     model: Path = ROOT / "out" / "sft"  # 检查点文件夹（取其中最新的），或原项目的 .pth
+    precision: Precision = "fp32"  # 评测默认用 fp32，结果与机器无关；auto：硬件擅长 bf16 就用，更快
     questions: tuple[str, ...] = ()  # 要问的问题
     file: tuple[Path, ...] = ()  # 从文件读问题（一行一个，或 JSON/CSV）；有参考答案就打分
     chat: bool = False  # 在终端里聊天
@@ -59,7 +62,8 @@ def main(cfg: Config) -> None:
         check_writable(cfg.save)
     loaded = cfg.load()
     if cfg.chat:
-        chat(cfg, loaded)
+        with Engine(loaded.model, loaded.tokenizer, slots=1) as engine:
+            TerminalChat(engine, loaded.tokenizer, cfg.sampling(), prompt_room(cfg, loaded)).run()
         return
     questions = cfg.questions or (() if cfg.file else ("你好，请介绍一下你自己。", "感冒了应该怎么办？"))
     items = [Item([{"role": "user", "content": q}]) for q in questions]
@@ -115,7 +119,10 @@ def answer(items: Sequence[Item], cfg: Config, loaded: Checkpoint) -> None:
     prompts = [encode_prompt(item.messages, loaded.tokenizer, room) for item in items]
     order = sorted(range(len(items)), key=lambda i: len(prompts[i]))
     with Engine(loaded.model, loaded.tokenizer, slots=BATCH, max_waiting=len(items)) as engine:
-        answers = [engine.submit(prompts[i], cfg.sampling()) for i in order]
+        try:
+            answers = [engine.submit(prompts[i], cfg.sampling()) for i in order]
+        except ValueError as error:  # a system text that fills the context
+            raise UserError(f"有的问题放不进上下文：{error}") from error
         for i, its_answer in zip(order, tqdm(answers, "回答", disable=None), strict=True):
             items[i].answer = its_answer.text().strip()
 
@@ -178,33 +185,6 @@ def save(path: Path, items: Sequence[Item]) -> None:
             row = {"messages": item.messages, "answer": item.answer, "reference": item.reference}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     print(f"已写入 {path}")
-
-
-def chat(cfg: Config, loaded: Checkpoint) -> None:
-    """Talk in the terminal, with history; the answer appears as it is generated."""
-    print("输入问题后回车；/clear 清空历史，/exit 退出。")
-    messages: list[Message] = []
-    engine = Engine(loaded.model, loaded.tokenizer, slots=1)
-    while True:
-        try:
-            question = input("\n问：").strip()
-        except EOFError:
-            return
-        if question in ("/exit", "/quit"):
-            return
-        if question == "/clear":
-            messages = []
-            print("历史已清空。")
-        elif question:
-            messages.append({"role": "user", "content": question})
-            prompt = encode_prompt(messages, loaded.tokenizer, prompt_room(cfg, loaded))
-            print("答：", end="", flush=True)
-            reply = ""
-            for piece in engine.submit(prompt, cfg.sampling()):
-                print(piece.text, end="", flush=True)
-                reply += piece.text
-            print()
-            messages.append({"role": "assistant", "content": reply.strip()})
 
 
 if __name__ == "__main__":

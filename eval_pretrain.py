@@ -11,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from chatglm_tokenizer.tokenization_chatglm import ChatGLMTokenizer
 from generation.config import InferenceConfig
 from generation.engine import Engine
+from generation.prepare import Precision
 from model import IGNORE, Transformer
 from sources.aside import SetAside
 from sources.containers import read_rows
@@ -32,6 +34,7 @@ class Config(InferenceConfig):
     """预训练模型的评测：续写给定的开头，计算文件的困惑度与每字节比特数。"""
 
     model: Path = ROOT / "out" / "pretrain"  # 检查点文件夹（取其中最新的），或原项目的 .pth
+    precision: Precision = "fp32"  # 评测默认用 fp32，结果与机器无关；auto：硬件擅长 bf16 就用，更快
     prompts: tuple[str, ...] = PROMPTS  # 要续写的开头
     prompts_file: Path | None = None  # 从文件读要续写的开头，一行一个
     text: Path | None = None  # 计算这个文件（或文件夹）的困惑度，格式同预训练语料
@@ -84,7 +87,11 @@ def perplexity(path: Path, model: Transformer, tokenizer: ChatGLMTokenizer) -> d
     device, loss, tokens = model.rope.device, 0.0, 0
     for x, y in windows(path, tokenizer, model.args.max_seq_len, counts, aside):
         with torch.inference_mode():
-            loss += float(model(x.to(device), y.to(device), reduction="sum"))
+            for row, targets in zip(
+                x.to(device), y.to(device), strict=True
+            ):  # (T,): quantised heads give logits
+                logits = model(row[None])[0].float()  # (T, V)
+                loss += float(F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum"))
         tokens += int((y != IGNORE).sum())
     aside.show()
     if not tokens:

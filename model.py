@@ -211,7 +211,8 @@ class Transformer(nn.Module):
             raise ValueError(f"{T} tokens exceed max_seq_len={limit}")
         rope, mask = self.rope[None, :T], None  # (1, T, D/2, 2)
         if cache is not None:
-            rope, mask = self.rope[cache.positions], cache.mask  # (B, T, D/2, 2), (B, 1, T, S)
+            rope = self.rope[cache.positions].to(self.norm.weight.dtype)  # (B, T, D/2, 2)
+            mask = cache.mask  # (B, 1, T, S)
         elif documents is not None:
             rope = self.rope[document_positions(documents)]  # (B, T, D/2, 2)
             mask = document_mask(documents)  # (B, 1, T, T)

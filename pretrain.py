@@ -21,7 +21,6 @@ from dataset import PretrainBatches, TokenWindows, open_tokens, read_sidecar
 from dataset_fit import FittedWindows, build_indices
 from generation.batch import generate
 from generation.sampling import Sampling
-from generation.text import stop_ids
 from model import PRESETS, ModelArgs, Transformer
 from stage import DEMO_DIR, DEMO_OUT, ROOT, UserError, need, require, run_stage
 from training import checkpoint
@@ -248,7 +247,6 @@ def make_sample(
     prompts = first_tokens(cfg.valid, tokenizer) if cfg.sample_every and cfg.valid.exists() else []
     if not prompts:
         return None
-    stop = stop_ids(tokenizer)
 
     def sample(model: Transformer) -> list[str]:
         if not runtime.is_main:
@@ -256,7 +254,7 @@ def make_sample(
         if hasattr(model.norm.weight, "full_tensor"):  # a DTensor: no process has a whole layer
             runtime.print("权重分片时不做续写；训练后可用 python eval_pretrain.py 看。")
             return []
-        news = generate(model, prompts, Sampling(SAMPLE_TOKENS, temperature=0), stop)
+        news = generate(model, prompts, Sampling(SAMPLE_TOKENS, temperature=0), tokenizer.stop_ids)
         texts = zip(map(tokenizer.decode, prompts), map(tokenizer.decode, news), strict=True)
         return [" ".join(f"【{prompt}】{new}".split()) for prompt, new in texts]
 

@@ -27,9 +27,7 @@ class KVCache:
     def layer(self, layer: int, like: Tensor) -> Tensor:
         """The block of a layer, (2, rows * length, K, D); `like` gives K, D and the type at first."""
         if layer not in self.layers:
-            block = like.new_zeros(2, self.rows * self.length, *like.shape[-2:])
-            torch._dynamo.mark_static_address(block)  # a CUDA graph may write to it in place
-            self.layers[layer] = block
+            self.layers[layer] = like.new_zeros(2, self.rows * self.length, *like.shape[-2:])
         return self.layers[layer]
 
     def nbytes(self) -> int:

@@ -15,10 +15,10 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from chatglm_tokenizer.tokenization_chatglm import ChatGLMTokenizer
+from chatglm_tokenizer.base import Tokenizer
 from generation.batch import Batch, Row
 from generation.sampling import Logprob, Sampling
-from generation.text import StopStrings, TextStream, stop_ids
+from generation.text import StopStrings, TextStream
 from model import Transformer
 
 
@@ -78,7 +78,7 @@ class Answer:
 class Running:
     """A request in the batch: from its ids to the pieces of its answer."""
 
-    def __init__(self, answer: Answer, row: Row, tokenizer: ChatGLMTokenizer):
+    def __init__(self, answer: Answer, row: Row, tokenizer: Tokenizer):
         self.answer, self.row = answer, row
         self.stream = TextStream(tokenizer, before(tokenizer, answer.prompt))
         self.stop = StopStrings(answer.sampling.stop)
@@ -126,7 +126,7 @@ class Running:
         )
 
 
-def before(tokenizer: ChatGLMTokenizer, prompt: Sequence[int]) -> list[int]:
+def before(tokenizer: Tokenizer, prompt: Sequence[int]) -> list[int]:
     """What of a prompt decides how the answer's text begins: its last id, unless that is half a character.
 
     SentencePiece drops the space before a text's first word. After `<bos>`, which has no text, that is wanted.
@@ -138,11 +138,9 @@ def before(tokenizer: ChatGLMTokenizer, prompt: Sequence[int]) -> list[int]:
 class Engine:
     """Decodes up to `slots` requests at a time; up to `max_waiting` more wait for a slot, in order."""
 
-    def __init__(
-        self, model: Transformer, tokenizer: ChatGLMTokenizer, slots: int = 16, max_waiting: int = 64
-    ):
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, slots: int = 16, max_waiting: int = 64):
         self.tokenizer, self.max_waiting = tokenizer, max_waiting
-        self.batch = Batch(model.eval(), slots, stop_ids(tokenizer), tokenizer.vocab_size)
+        self.batch = Batch(model.eval(), slots, tokenizer.stop_ids, tokenizer.vocab_size)
         self.waiting: deque[Answer] = deque()
         self.running: list[Running] = []
         self.counts = dict.fromkeys(

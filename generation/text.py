@@ -1,22 +1,10 @@
 """The text of ids as they come: never half a character, never the beginning of a stop string."""
 
 from collections.abc import Sequence
-from typing import Protocol
+
+from chatglm_tokenizer.base import Tokenizer
 
 HALF = 3  # most bytes of a UTF-8 character that is not whole, each of which decodes to U+FFFD
-
-
-class Tokenizer(Protocol):
-    """What streaming needs of a tokenizer."""
-
-    special_tokens: dict[str, int]
-
-    def decode(self, ids: Sequence[int]) -> str: ...
-
-
-def stop_ids(tokenizer: Tokenizer) -> list[int]:
-    """Ids that end an answer."""
-    return list(getattr(tokenizer, "stop_ids", [tokenizer.special_tokens["<eos>"]]))
 
 
 class TextStream:

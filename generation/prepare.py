@@ -1,0 +1,151 @@
+"""A model made ready to generate: its weights in the precision and layout that decoding reads fastest.
+
+Decoding one token reads every weight once, so it is as fast as memory gives the weights: half the bytes, half the
+time. Only the linear layers change; the model's forward pass is the one that it was trained with.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model import Transformer
+from stage import UserError
+from training.runtime import choose_dtype
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Quantise = Literal["int8", "int4"]
+
+GROUP = (
+    32  # weights of a row that share an int4 scale; the smallest that the kernels take, and it divides 1376
+)
+# The kernels read whole blocks, beyond the end of a matrix that is no multiple of them: zeros fill it up.
+BLOCK = 64  # outputs; of inputs it is GROUP
+FEW = 16  # rows up to which the kernels for quantised weights beat unpacking the weights for a matrix product
+
+
+class HeadLinear(nn.Module):
+    """The output layer in fp32 on a CPU, its matrix transposed: one row of x then takes half the time."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.register_buffer("weight_t", linear.weight.detach().t().contiguous(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight_t
+
+
+class VectorLinear(nn.Module):
+    """A layer in bf16 on a CPU: one row of x goes to a kernel for vectors, which is the faster."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.weight = linear.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel() == x.shape[-1]:
+            return torch.mv(self.weight, x.view(-1)).view(*x.shape[:-1], -1)
+        return F.linear(x, self.weight)
+
+
+class Int8Linear(nn.Module):
+    """Weights of eight bits with one scale a row: w = q * scale, q in -127..127. Activations stay bf16."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        weight = linear.weight.detach().float()  # (out, in)
+        self.out, self.missing = weight.shape[0], -weight.shape[1] % GROUP
+        weight = F.pad(weight, (0, self.missing, 0, -self.out % BLOCK))
+        scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-8) / 127
+        self.register_buffer("q", (weight / scale).round().to(torch.int8), persistent=False)
+        self.register_buffer("scale", scale[:, 0].to(linear.weight.dtype), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = F.pad(x.flatten(0, -2), (0, self.missing))  # (N, in)
+        if len(rows) <= FEW and x.device.type == "cpu":
+            y = torch._weight_int8pack_mm(rows, self.q, self.scale)
+        else:
+            y = F.linear(rows, self.q.to(x.dtype)) * self.scale
+        return y[:, : self.out].reshape(*x.shape[:-1], -1)
+
+
+class Int4Linear(nn.Module):
+    """Weights of four bits, GROUP to a scale and a zero point: w = (q - 8) * scale + zero, q in 0..15."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        weight = linear.weight.detach().float()  # (out, in)
+        self.out, self.missing = weight.shape[0], -weight.shape[1] % GROUP
+        weight = F.pad(weight, (0, self.missing, 0, -self.out % BLOCK)).unflatten(
+            1, (-1, GROUP)
+        )  # (out, groups, G)
+        low, high = weight.aminmax(dim=2, keepdim=True)
+        scale = ((high - low) / 15).clamp(min=1e-8)
+        q = ((weight - low) / scale).round().clamp(0, 15).flatten(1).to(torch.int32)
+        zero = low + 8 * scale
+        self.register_buffer("packed", pack_int4(q), persistent=False)
+        pairs = torch.cat((scale, zero), dim=2).transpose(0, 1).contiguous()  # (groups, out, 2)
+        self.register_buffer("pairs", pairs.to(linear.weight.dtype), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = F.pad(x.flatten(0, -2), (0, self.missing))
+        product = torch._weight_int4pack_mm_for_cpu if x.device.type == "cpu" else torch._weight_int4pack_mm
+        return product(rows.contiguous(), self.packed, GROUP, self.pairs)[:, : self.out].view(
+            *x.shape[:-1], -1
+        )
+
+
+def pack_int4(q: Tensor) -> Tensor:
+    """Numbers 0..15, (out, in) int32, in the layout of the device's kernel."""
+    if q.device.type == "cpu":
+        return torch._convert_weight_to_int4pack_for_cpu(q, 1)
+    # GPUs want two numbers in a byte, the first in the upper half.
+    return torch._convert_weight_to_int4pack((q[:, ::2] << 4 | q[:, 1::2]).to(torch.uint8), 2)
+
+
+def prepare(
+    model: Transformer, precision: Precision = "auto", quantise: Quantise | None = None
+) -> Transformer:
+    """Change a model, in place, for generating: it can no longer be trained or saved.
+
+    precision "auto": bf16 where the device is fast in it, else fp32. Quantised weights always go with bf16.
+    UserError for what the device cannot do.
+    """
+    device = model.rope.device
+    if quantise and device.type not in ("cpu", "cuda"):
+        raise UserError(f"--quantise 不支持 {device.type}；请去掉它，或用 --device cpu。")
+    dtype = torch.bfloat16 if quantise else choose_dtype(device, precision)
+    model.eval().requires_grad_(False)
+    rope = model.rope
+    model.to(dtype)
+    model.rope = rope  # angles in bf16 would not tell positions apart
+    for block in model.layers:
+        for part in (block.attention, block.feed_forward):
+            for name, linear in list(part.named_children()):
+                if isinstance(linear, nn.Linear):
+                    setattr(part, name, converted(linear, quantise))
+    # The head decides between tokens that are often close, so it keeps eight bits, as llama.cpp's keeps at least six.
+    model.output = converted(model.output, quantise and "int8", is_head=True)
+    return model
+
+
+def converted(linear: nn.Linear, quantise: Quantise | None, is_head: bool = False) -> nn.Module:
+    """The layer in the form that its device reads fastest."""
+    if quantise:
+        return (Int8Linear if quantise == "int8" else Int4Linear)(linear)
+    if linear.weight.device.type != "cpu":
+        return linear
+    if linear.weight.dtype == torch.bfloat16:
+        return VectorLinear(linear)
+    return HeadLinear(linear) if is_head else linear
+
+
+def compile_decoding(model: Transformer) -> None:
+    """Compile the forward pass on a GPU, where starting kernels one by one takes longer than they run.
+
+    CPUs gain nothing (docs/LOG.md), so UserError there.
+    """
+    if model.rope.device.type != "cuda":
+        raise UserError("--compile 只用于显卡。")
+    model.forward = torch.compile(model.forward, dynamic=True)

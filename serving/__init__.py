@@ -1,0 +1,1 @@
+"""An OpenAI-compatible HTTP server over the decoding engine, with metrics and a chat page."""

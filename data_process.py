@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from chatglm_tokenizer.tokenization_chatglm import ChatGLMTokenizer
+from chatglm_tokenizer.base import Tokenizer
+from chatglm_tokenizer.load import load_tokenizer
 from sources.aside import SetAside
 from sources.demo_corpus import ensure_demo
 from sources.files import list_files
@@ -53,7 +54,9 @@ class Config(StageConfig):
     """
 
     data: Path = ROOT / "data" / "clean"  # 语料文件或文件夹；没有 data/clean 时用 data/ 下的原始语料
-    tokenizer: Path = ROOT / "chatglm_tokenizer" / "tokenizer.model"  # SentencePiece 词表
+    tokenizer: Path = (
+        ROOT / "chatglm_tokenizer" / "tokenizer.model"
+    )  # SentencePiece 词表，或 Hugging Face 模型文件夹
     text_column: str | None = None  # 正文所在的字段；不填则按各公开数据集的格式识别
     bin: tuple[Path, ...] = ()  # 并入这些已分好词的 .bin（无文件头 uint16，ChatGLM2 词表），会复制一份
     find_bin: bool = True  # 也并入 data/ 下找到的这种 .bin；文件很大、不想复制时用 --no_find_bin
@@ -121,13 +124,13 @@ def parse_weights(cfg: Config) -> dict[str, float]:
     return weights
 
 
-def load_tokenizer(cfg: Config) -> ChatGLMTokenizer:
+def open_tokenizer(cfg: Config) -> Tokenizer:
     if cfg.demo and cfg.tokenizer == cfg.DEMO["tokenizer"]:
         need(cfg.tokenizer, "train_tokenizer.py", cfg)
-    return ChatGLMTokenizer(cfg.tokenizer)
+    return load_tokenizer(cfg.tokenizer)
 
 
-def find_pieces(cfg: Config, tokenizer: ChatGLMTokenizer) -> list[Piece | TokenPiece]:
+def find_pieces(cfg: Config, tokenizer: Tokenizer) -> list[Piece | TokenPiece]:
     """All input in pieces: the text, then published tokens."""
     pieces: list[Piece | TokenPiece] = []
     if path := corpus(cfg):
@@ -145,7 +148,7 @@ def main(cfg: Config) -> None:
         need(cfg.data, "data_clean/clear.py", cfg)
     for path in (cfg.out, cfg.valid):
         check_writable(path)
-    tokenizer = load_tokenizer(cfg)
+    tokenizer = open_tokenizer(cfg)
     pieces = find_pieces(cfg, tokenizer)
     weights = parse_weights(cfg)
     if not any(piece.file.suffix == ".parquet" for piece in pieces):  # their rows may name their own sources
@@ -197,7 +200,7 @@ def list_runs(work: WorkFolder, results: list[dict[str, Any]], names: list[str])
 
 
 def write(
-    cfg: Config, tokenizer: ChatGLMTokenizer, runs: list[Run], read: Counts
+    cfg: Config, tokenizer: Tokenizer, runs: list[Run], read: Counts
 ) -> tuple[TokenFile, TokenFile, dict[str, Any]]:
     """Write both token files with their sidecars; returns them and what the sidecars say besides counts."""
     limit = choose_limit(runs, cfg.valid_fraction, cfg.valid_documents, cfg.valid_tokens)

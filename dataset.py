@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chatglm_tokenizer.tokenization_chatglm import ChatGLMTokenizer
+from chatglm_tokenizer.base import Tokenizer
 from stage import UserError
 from training.loader import MicroBatch
 from training.mixture import Mixture, Phase, whole_weights
@@ -24,7 +24,7 @@ class TokenWindows:
     """
 
     def __init__(
-        self, paths: Sequence[Path], seq_len: int, tokenizer: ChatGLMTokenizer, document_mask: bool = False
+        self, paths: Sequence[Path], seq_len: int, tokenizer: Tokenizer, document_mask: bool = False
     ):
         """document_mask: number the documents of a row, for a model in which they do not see each other."""
         self.seq_len, self.vocab_size, self.paths = seq_len, tokenizer.vocab_size, list(paths)
@@ -86,7 +86,7 @@ def overlapping(tokens: np.ndarray, seq_len: int) -> np.ndarray:
     return np.lib.stride_tricks.as_strided(tokens, shape, (seq_len * size, size), writeable=False)
 
 
-def open_tokens(path: Path, tokenizer: ChatGLMTokenizer) -> np.ndarray:
+def open_tokens(path: Path, tokenizer: Tokenizer) -> np.ndarray:
     """Memory-map a token file; its JSON says the dtype and the vocabulary, without one it is uint16."""
     if not path.is_file():
         raise UserError(f"找不到 token 文件 {path}；请先运行 python data_process.py。")

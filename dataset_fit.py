@@ -16,7 +16,7 @@ import torch
 from numba import njit
 from tqdm import tqdm
 
-from chatglm_tokenizer.tokenization_chatglm import ChatGLMTokenizer
+from chatglm_tokenizer.base import Tokenizer
 from dataset import TokenWindows
 from model import IGNORE
 from stage import UserError, atomic_path
@@ -35,7 +35,7 @@ class FittedWindows(TokenWindows):
     """
 
     def __init__(
-        self, paths: Sequence[Path], seq_len: int, tokenizer: ChatGLMTokenizer, document_mask: bool = False
+        self, paths: Sequence[Path], seq_len: int, tokenizer: Tokenizer, document_mask: bool = False
     ):
         """The indices must be there: build_indices."""
         super().__init__(paths, seq_len, tokenizer, document_mask)

@@ -14,13 +14,14 @@ from typing import Any
 from tqdm import tqdm
 
 from chatglm_tokenizer.chat import Message, encode_prompt
+from generation.config import InferenceConfig
+from generation.engine import Engine
 from sources.aside import SetAside
 from sources.containers import read_rows
 from sources.instructions import Unusable, to_messages
 from sources.report import table
 from stage import DEMO_DIR, DEMO_OUT, ROOT, UserError, atomic_path, check_writable, need, run_stage
 from training.checkpoint import Checkpoint
-from training.inference import InferenceConfig
 
 BATCH = 32  # questions answered together
 
@@ -109,17 +110,14 @@ def to_item(row: dict[str, Any] | str) -> Item:
 
 
 def answer(items: Sequence[Item], cfg: Config, loaded: Checkpoint) -> None:
-    """Fill in the answers, a batch of questions of similar length at a time."""
-    model, tokenizer = loaded.model, loaded.tokenizer
+    """Fill in the answers; questions of similar length are begun together."""
     room = prompt_room(cfg, loaded)
-    prompts = [encode_prompt(item.messages, tokenizer, room) for item in items]
+    prompts = [encode_prompt(item.messages, loaded.tokenizer, room) for item in items]
     order = sorted(range(len(items)), key=lambda i: len(prompts[i]))
-    for start in tqdm(range(0, len(order), BATCH), "回答", disable=None):
-        batch = order[start : start + BATCH]
-        for i, ids in zip(
-            batch, model.generate([prompts[i] for i in batch], **cfg.sampling(tokenizer)), strict=True
-        ):
-            items[i].answer = tokenizer.decode(ids).strip()
+    with Engine(loaded.model, loaded.tokenizer, slots=BATCH, max_waiting=len(items)) as engine:
+        answers = [engine.submit(prompts[i], cfg.sampling()) for i in order]
+        for i, its_answer in zip(order, tqdm(answers, "回答", disable=None), strict=True):
+            items[i].answer = its_answer.text().strip()
 
 
 def prompt_room(cfg: Config, loaded: Checkpoint) -> int:
@@ -186,6 +184,7 @@ def chat(cfg: Config, loaded: Checkpoint) -> None:
     """Talk in the terminal, with history; the answer appears as it is generated."""
     print("输入问题后回车；/clear 清空历史，/exit 退出。")
     messages: list[Message] = []
+    engine = Engine(loaded.model, loaded.tokenizer, slots=1)
     while True:
         try:
             question = input("\n问：").strip()
@@ -199,12 +198,11 @@ def chat(cfg: Config, loaded: Checkpoint) -> None:
         elif question:
             messages.append({"role": "user", "content": question})
             prompt = encode_prompt(messages, loaded.tokenizer, prompt_room(cfg, loaded))
-            stream = loaded.model.stream([prompt], **cfg.sampling(loaded.tokenizer))
             print("答：", end="", flush=True)
             reply = ""
-            for text in loaded.tokenizer.decode_stream(step[0] for step in stream):
-                print(text, end="", flush=True)
-                reply += text
+            for piece in engine.submit(prompt, cfg.sampling()):
+                print(piece.text, end="", flush=True)
+                reply += piece.text
             print()
             messages.append({"role": "assistant", "content": reply.strip()})
 

@@ -14,13 +14,14 @@ import torch
 from tqdm import tqdm
 
 from chatglm_tokenizer.tokenization_chatglm import ChatGLMTokenizer
+from generation.config import InferenceConfig
+from generation.engine import Engine
 from model import IGNORE, Transformer
 from sources.aside import SetAside
 from sources.containers import read_rows
 from sources.files import list_files
 from sources.pretrain_text import read_documents
 from stage import DEMO_DIR, DEMO_OUT, ROOT, UserError, need, run_stage
-from training.inference import InferenceConfig
 
 PROMPTS = ("中国的首都是", "床前明月光，", "感冒的常见症状有", "人工智能是")
 BATCH = 8  # windows, or prompts, of one forward
@@ -67,11 +68,11 @@ def continue_prompts(cfg: Config, model: Transformer, tokenizer: ChatGLMTokenize
         prompts += [row for _, row in read_rows(cfg.prompts_file, aside) if isinstance(row, str)]
         aside.show()
     prompts = [p for p in prompts if p.strip()]
-    for start in range(0, len(prompts), BATCH):
-        batch = prompts[start : start + BATCH]
-        ids = [tokenizer.encode(p)[-model.args.max_seq_len // 2 :] for p in batch]
-        for prompt, new in zip(batch, model.generate(ids, **cfg.sampling(tokenizer)), strict=True):
-            print(f"【{prompt}】{tokenizer.decode(new)}\n")
+    room = model.args.max_seq_len // 2
+    with Engine(model, tokenizer, slots=BATCH, max_waiting=len(prompts)) as engine:
+        answers = [engine.submit(tokenizer.encode(p)[-room:], cfg.sampling()) for p in prompts]
+        for prompt, answer in zip(prompts, answers, strict=True):
+            print(f"【{prompt}】{answer.text()}\n")
 
 
 def perplexity(path: Path, model: Transformer, tokenizer: ChatGLMTokenizer) -> dict[str, float]:

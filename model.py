@@ -1,12 +1,12 @@
-"""The Llama-2 model: shape, layers, KV cache and sampling; its loss is in loss.py.
+"""The Llama-2 model: shape and layers; its loss is in loss.py, generating with it in generation/.
 
 Parameter names and the rotary layout are Meta's (and llama2.c's), so original `.pth` files load as they are.
 Shapes: B batch, T tokens, C model width, H query heads, K key/value heads, D head width, V vocabulary.
 """
 
 import math
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from loss import IGNORE as IGNORE  # part of what this module offers
 from loss import cross_entropy
+from rope import rope_table, standard_scaling
 
 
 @dataclass
@@ -33,6 +34,8 @@ class ModelArgs:
     rope_theta: float = 10000.0
     dropout: float = 0.0
     tie_embeddings: bool = True  # the output matrix is the embedding matrix
+    head_dim: int | None = None  # width of a head; by default dim / n_heads
+    rope_scaling: dict | None = None  # extension of the context, under Hugging Face's keys (rope.py)
 
     def __post_init__(self) -> None:
         self.n_kv_heads = self.n_heads if self.n_kv_heads is None else self.n_kv_heads
@@ -40,9 +43,11 @@ class ModelArgs:
             self.hidden_dim = self.multiple_of * math.ceil(int(8 * self.dim / 3) / self.multiple_of)
         if min(self.dim, self.n_layers, self.n_heads, self.n_kv_heads, self.max_seq_len, self.vocab_size) < 1:
             raise ValueError("every size of a model must be at least 1")
-        self.head_dim = self.dim // self.n_heads
-        if self.dim % self.n_heads or self.n_heads % self.n_kv_heads or self.head_dim % 2:
+        if self.head_dim is None:
+            self.head_dim = self.dim // self.n_heads if self.dim % self.n_heads == 0 else 1
+        if self.n_heads % self.n_kv_heads or self.head_dim % 2 or self.head_dim < 2:
             raise ValueError("n_heads must divide dim into an even width, and n_kv_heads divide n_heads")
+        self.rope_scaling = standard_scaling(self.rope_scaling, self.max_seq_len)
 
 
 # `pretrain.py --model NAME`. The large ones keep to widths that every quantisation format accepts.
@@ -67,13 +72,6 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).type_as(x)
 
 
-def rope_table(args: ModelArgs) -> Tensor:
-    """Cosines and sines of the rotary angles, (max_seq_len, D/2, 2) (https://arxiv.org/abs/2104.09864)."""
-    exponents = torch.arange(0, args.head_dim, 2).float() / args.head_dim
-    angles = torch.outer(torch.arange(args.max_seq_len).float(), args.rope_theta**-exponents)
-    return torch.stack((angles.cos(), angles.sin()), dim=-1)
-
-
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
     """Rotate each pair (x[2i], x[2i+1]) by its position's angle.
 
@@ -84,34 +82,14 @@ def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
 
 
-class KVCache:
-    """Keys and values of the tokens seen so far, for every layer, with room for `length` positions.
+class Cache(Protocol):
+    """What a forward pass needs of the keys and values of earlier tokens; see generation/cache.py."""
 
-    Prompts are padded on the left; `pad` (B,) is the number of padding positions before each row.
-    """
-
-    def __init__(self, pad: Tensor, length: int):
-        self.pad, self.most_padding, self.length = pad, int(pad.max()), length
-        self.used = 0  # positions filled
-        self.layers: dict[int, Tensor] = {}  # layer -> (2, B, K, length, D), made when its dtype is known
+    positions: Tensor  # (B, T) of the new tokens
+    mask: Tensor | None  # (B, 1, T, S), what they may attend to; None: everything
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, K, T, D) behind what is there and return all of it, (B, K, used + T, D)."""
-        B, K, T, D = k.shape
-        if layer not in self.layers:
-            self.layers[layer] = k.new_zeros(2, B, K, self.length, D)
-        self.layers[layer][:, :, :, self.used : self.used + T] = torch.stack((k, v))
-        return self.layers[layer][:, :, :, : self.used + T].unbind(0)
-
-    def mask(self, new: int) -> Tensor | None:
-        """What the `new` next tokens may attend to, (B, 1, new, used + new); None: everything."""
-        if new == 1 and not self.most_padding:
-            return None
-        query = torch.arange(self.used, self.used + new, device=self.pad.device)[:, None]
-        key = torch.arange(self.used + new, device=self.pad.device)
-        visible = (key <= query) & (key >= self.pad[:, None, None])  # (B, new, used + new)
-        # A padding position sees itself: a row with nothing to attend to would be NaN.
-        return (visible | (key == query)).unsqueeze(1)
+        """Store k, v (B, T, K, D) and return all of their rows, (B, S, K, D)."""
 
 
 def document_positions(documents: Tensor) -> Tensor:
@@ -135,13 +113,14 @@ class Attention(nn.Module):
         self.wv = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
         self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
 
-    def forward(self, x: Tensor, rope: Tensor, cache: KVCache | None, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, cache: Cache | None, mask: Tensor | None) -> Tensor:
         D = self.args.head_dim
-        q = apply_rope(self.wq(x).unflatten(-1, (-1, D)), rope).transpose(1, 2)  # (B, H, T, D)
-        k = apply_rope(self.wk(x).unflatten(-1, (-1, D)), rope).transpose(1, 2)  # (B, K, T, D)
-        v = self.wv(x).unflatten(-1, (-1, D)).transpose(1, 2)  # (B, K, T, D)
+        q = apply_rope(self.wq(x).unflatten(-1, (-1, D)), rope)  # (B, T, H, D)
+        k = apply_rope(self.wk(x).unflatten(-1, (-1, D)), rope)  # (B, T, K, D)
+        v = self.wv(x).unflatten(-1, (-1, D))  # (B, T, K, D)
         if cache is not None:
-            k, v = cache.update(self.layer, k, v)
+            k, v = cache.update(self.layer, k, v)  # (B, S, K, D)
+        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # (B, H or K, T or S, D)
         dropout = self.args.dropout if self.training else 0.0
         grouped = self.args.n_kv_heads != self.args.n_heads
         if grouped and mask is not None and q.is_cuda:
@@ -176,7 +155,7 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
-    def forward(self, x: Tensor, rope: Tensor, cache: KVCache | None, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, cache: Cache | None, mask: Tensor | None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rope, cache, mask)
         return x + self.feed_forward(self.ffn_norm(x))
 
@@ -212,28 +191,27 @@ class Transformer(nn.Module):
         self,
         tokens: Tensor,
         targets: Tensor | None = None,
-        cache: KVCache | None = None,
-        last_only: bool = False,
+        cache: Cache | None = None,
+        last: Tensor | None = None,
         reduction: str = "mean",
         documents: Tensor | None = None,
+        labelled: Tensor | None = None,
     ) -> Tensor:
         """Logits, or the loss when there are targets.
 
         tokens: (B, T) ids. targets: (B, T) ids of the next tokens, `IGNORE` where no loss is borne.
-        cache: the tokens before these; advanced by T. last_only: logits of the last position alone.
+        cache: the tokens before these. last: (B,) the only place of each row whose logits are wanted.
         reduction: "mean" or "sum" over the targets that bear loss. ValueError if T exceeds max_seq_len.
         documents: (B, T) numbers of the documents (without a cache): a token sees those of its own number only,
         and positions restart where the number changes; padding has a number of its own.
+        labelled: (n,) places among the B * T targets, all that bear loss among them: logits are made of these alone.
         """
-        T, start = tokens.shape[1], cache.used if cache else 0
-        limit, padding = self.args.max_seq_len, cache.most_padding if cache else 0
-        if start + T - padding > limit:  # too long even for the shortest row
-            raise ValueError(f"{start + T} tokens exceed max_seq_len={limit}")
+        T, limit = tokens.shape[1], self.args.max_seq_len
+        if limit < T:
+            raise ValueError(f"{T} tokens exceed max_seq_len={limit}")
         rope, mask = self.rope[None, :T], None  # (1, T, D/2, 2)
         if cache is not None:
-            positions = torch.arange(start, start + T, device=tokens.device) - cache.pad[:, None]  # (B, T)
-            rope = self.rope[positions.clamp(0, limit - 1)]  # (B, T, D/2, 2)
-            mask = cache.mask(T)  # (B, 1, T, S)
+            rope, mask = self.rope[cache.positions], cache.mask  # (B, T, D/2, 2), (B, 1, T, S)
         elif documents is not None:
             rope = self.rope[document_positions(documents)]  # (B, T, D/2, 2)
             mask = document_mask(documents)  # (B, 1, T, T)
@@ -243,12 +221,14 @@ class Transformer(nn.Module):
                 x = checkpoint(layer, x, rope, cache, mask, use_reentrant=False)
             else:
                 x = layer(x, rope, cache, mask)
-        if cache is not None:
-            cache.used += T
-        x = self.norm(x)
         if targets is not None:
-            return cross_entropy(x.flatten(0, 1), self.output.weight, targets.flatten(), reduction)
-        return self.output(x[:, -1:] if last_only else x)  # (B, T or 1, V)
+            x, targets = x.flatten(0, 1), targets.flatten()  # (B * T, C), (B * T,)
+            if labelled is not None:
+                x, targets = x.index_select(0, labelled), targets.index_select(0, labelled)  # (n, C), (n,)
+            return cross_entropy(self.norm(x), self.output.weight, targets, reduction)
+        if last is not None:
+            x = x[torch.arange(len(x), device=x.device), last][:, None]  # (B, 1, C)
+        return self.output(self.norm(x))  # (B, T or 1, V)
 
     def num_params(self) -> int:
         """Number of weights; a tied matrix counts once."""
@@ -260,81 +240,6 @@ class Transformer(nn.Module):
         N counts every matrix that a token is multiplied with: the head, but not the embedding look-up.
         """
         lookup = 0 if self.args.tie_embeddings else self.tok_embeddings.weight.numel()
-        attention = 12 * self.args.n_layers * self.args.dim * (seq_len or self.args.max_seq_len)
+        width = self.args.n_heads * self.args.head_dim  # C, unless the heads' width is given apart
+        attention = 12 * self.args.n_layers * width * (seq_len or self.args.max_seq_len)
         return 6 * (self.num_params() - lookup) + attention
-
-    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **sampling) -> list[list[int]]:
-        """Continue a batch of prompts; returns each row's new ids, without the stop id. Options: `stream`."""
-        steps = list(self.stream(prompts, max_new_tokens, **sampling))
-        return [[step[row] for step in steps if step[row] is not None] for row in range(len(prompts))]
-
-    @torch.inference_mode()
-    def stream(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        repetition_penalty: float = 1.0,
-        stop_ids: Sequence[int] = (),
-        seed: int | None = None,
-    ) -> Iterator[list[int | None]]:
-        """Yield one new id for each row at a time; None for a row that has met a stop id.
-
-        prompts: ids of each row (lists or a tensor), none empty; of one that is too long, the end is kept.
-        A row ends at a stop id, after max_new_tokens, or when it fills max_seq_len, whatever the others do.
-        """
-        prompts = [list(map(int, p)) for p in prompts]
-        if not prompts or not all(prompts):
-            raise ValueError("every prompt needs at least one token")
-        was_training, device = self.training, self.rope.device
-        self.eval()
-        limit = self.args.max_seq_len
-        prompts = [p if len(p) < limit else p[-max(1, limit - max_new_tokens) :] for p in prompts]
-        longest = max(map(len, prompts))
-        pad = torch.tensor([longest - len(p) for p in prompts], device=device)
-        tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)  # (B, T)
-        real = torch.arange(longest, device=device) >= pad[:, None]  # (B, T), False at padding
-        rng = None if seed is None else torch.Generator(device).manual_seed(seed)
-        size = min(longest + max_new_tokens, limit + longest - min(map(len, prompts)))
-        cache = KVCache(pad, size)
-        stopped = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-        stop = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
-        new = tokens
-        try:
-            for position in range(longest, size):
-                logits = self(new, cache=cache, last_only=True)[:, -1].float()  # (B, V)
-                if repetition_penalty != 1:
-                    logits = penalize_repetition(logits, tokens, real, repetition_penalty)
-                new = sample(logits, temperature, top_k, top_p, rng)[:, None]  # (B, 1)
-                stopped |= torch.isin(new[:, 0], stop) | (position - pad >= limit)
-                if stopped.all():
-                    return
-                yield [None if s else t for t, s in zip(new[:, 0].tolist(), stopped.tolist(), strict=True)]
-                tokens = torch.cat((tokens, new), dim=1)
-                real = F.pad(real, (0, 1), value=True)
-        finally:
-            self.train(was_training)
-
-
-def penalize_repetition(logits: Tensor, tokens: Tensor, real: Tensor, penalty: float) -> Tensor:
-    """Make the tokens seen so far less likely (CTRL, https://arxiv.org/abs/1909.05858, section 4.1).
-
-    logits: (B, V). tokens: (B, T) ids so far. real: (B, T), False at padding.
-    """
-    seen = torch.zeros_like(logits).scatter_reduce(1, tokens, real.float(), "amax").bool()  # (B, V)
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-
-
-def sample(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, rng: torch.Generator | None
-) -> Tensor:
-    """Draw one id per row, (B,), from logits (B, V): temperature (0: the likeliest), top-k, top-p (nucleus)."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits, ids = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))  # (B, k), likeliest first
-    p = (logits / temperature).softmax(-1)
-    if top_p is not None:
-        p[p.cumsum(-1) - p >= top_p] = 0  # keep the fewest ids that together reach top_p
-    return ids.gather(-1, torch.multinomial(p, 1, generator=rng))[:, 0]

@@ -2,33 +2,42 @@
 
 python pretrain.py --model 92M
 torchrun --standalone --nproc_per_node=4 pretrain.py --model 218M
+python pretrain.py --init Llama-3.2-1B --max_seq_len 2048    # continue a trained model, ours or Hugging Face's
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 
-from chatglm_tokenizer.tokenization_chatglm import CHATGLM2, ChatGLMTokenizer
+from chatglm_tokenizer.base import Tokenizer
+from chatglm_tokenizer.load import load_tokenizer
+from chatglm_tokenizer.tokenization_chatglm import CHATGLM2
 from dataset import PretrainBatches, TokenWindows, open_tokens, read_sidecar
 from dataset_fit import FittedWindows, build_indices
+from generation.batch import generate
+from generation.sampling import Sampling
+from generation.text import stop_ids
 from model import PRESETS, ModelArgs, Transformer
 from stage import DEMO_DIR, DEMO_OUT, ROOT, UserError, need, require, run_stage
+from training import checkpoint
 from training import runtime as rt
 from training.config import TrainConfig
+from training.context import ContextConfig, changed
 from training.loop import train
 from training.mixture import Phase, whole_weights
 from training.recipes import choose_batch, settle
 
+SHAPE = ("dim", "n_layers", "n_kv_heads")  # of a new model; a trained one has them
 SAMPLES, PROMPT_TOKENS, SAMPLE_TOKENS = 3, 12, 40  # documents that are continued, from how much, by how much
 
 
 @dataclass
-class Config(TrainConfig):
+class Config(ContextConfig, TrainConfig):
     """预训练：token 文件 -> out/pretrain。"""
 
     data: tuple[Path, ...] = (ROOT / "data" / "pretrain_data.bin",)  # 一个或多个 token 文件
@@ -41,14 +50,19 @@ class Config(TrainConfig):
     tokenizer: Path | None = None  # 词表；默认为 token 文件记录的那个，没有记录则为 ChatGLM2
     out: Path = ROOT / "out" / "pretrain"  # 检查点、日志与曲线保存到哪里
 
-    model: Literal["demo", "92M", "218M", "500M", "1B"] = "92M"  # 参考规模；下面几项可以覆盖它
+    init: Path | None = None  # 继续训练这个模型：检查点、Hugging Face 模型文件夹或 .pth；形状和词表都沿用它的
+    model: Literal["demo", "92M", "218M", "500M", "1B"] | None = (
+        None  # 新模型的规模，默认 92M；下几项可覆盖它
+    )
     dim: int | None = None  # 模型宽度
     n_layers: int | None = None  # 层数
-    n_heads: int | None = None  # 注意力头数
+    n_heads: int | None = None  # 注意力头数；也用于 --init 的 .pth，公布过的规模不必填
     n_kv_heads: int | None = None  # 键值头数（少于 n_heads 即分组查询注意力）
-    max_seq_len: int | None = None  # 上下文长度，也是训练窗口的长度
+    max_seq_len: int | None = None  # 上下文长度，也是训练窗口的长度；默认为模型原来的
     dropout: float | None = None  # 随机失活
-    tie_embeddings: bool = True  # 输出层与词嵌入共用一个矩阵
+    tie_embeddings: bool = True  # 输出层与词嵌入共用一个矩阵（--init 的模型保持原样）
+    # 配方：没有写明的设置由它决定；默认 muon，有 --init 时为 continued（docs/recipe.md）
+    recipe: Literal["muon", "original", "continued"] | None = None
 
     batch_tokens: int | None = None  # 每步的 token 数（所有进程合计）；默认由 --recipe 和数据量决定
     eval_tokens: int = 1_000_000  # 验证最多用多少 token（每次都是同一批）
@@ -71,9 +85,16 @@ class Config(TrainConfig):
         super().check()
         require(len(self.data) > 0, "data", "空", "至少要有一个文件")
         self.check_mixture()
+        self.check_init()
         self.require("batch_tokens", lambda v: v >= 1, "至少为 1")
         require(self.eval_tokens >= 1, "eval_tokens", self.eval_tokens, "至少为 1")
         require(self.dropout is None or 0 <= self.dropout < 1, "dropout", self.dropout, "不小于 0 且小于 1")
+
+    def check_init(self) -> None:
+        """Raise UserError for a shape beside a model that has one."""
+        given = [name for name in ("model", *SHAPE) if getattr(self, name) is not None and not self.demo]
+        if self.init and given:
+            raise UserError(f"--{given[0]} 不能与 --init 同用：模型的形状沿用 {self.init} 的。")
 
     def check_mixture(self) -> None:
         """Raise UserError for shares that cannot be drawn."""
@@ -107,8 +128,11 @@ def main(cfg: Config) -> None:
     with rt.start(cfg.device, cfg.precision, cfg.seed, cfg.timeout, cfg.deterministic) as runtime:
         for path in cfg.data:
             need(path, "data_process.py", cfg)
-        tokenizer = ChatGLMTokenizer(cfg.tokenizer or recorded_tokenizer(cfg.data[0]))
-        args = model_args(cfg, tokenizer)
+        cfg = replace(cfg, recipe=cfg.recipe or ("continued" if cfg.init else "muon"))
+        model, tokenizer = load_model(cfg) if cfg.init else new_model(cfg)
+        if cfg.init:
+            runtime.print(f"从 {cfg.init} 继续预训练。")
+        args = model.args
         windows = open_windows(cfg, args.max_seq_len, tokenizer, runtime)
         batch = batch_size(cfg, len(windows), args.max_seq_len, runtime.world)
         total = cfg.total_steps(len(windows) / batch)
@@ -125,9 +149,33 @@ def main(cfg: Config) -> None:
         runtime.print(batches.plan(total))
         evaluate = make_evaluate(cfg, args, tokenizer, runtime)
         sample = make_sample(cfg, tokenizer, runtime)
-        with torch.device("meta" if cfg.estimate else "cpu"):  # an estimate needs the shape alone
-            model = Transformer(args)
-        train(cfg, runtime, model, tokenizer.content, batches, evaluate, sample)
+        train(cfg, runtime, model, tokenizer.files, batches, evaluate, sample)
+
+
+def load_model(cfg: Config) -> tuple[Transformer, Tokenizer]:
+    """The model that is trained on, with its context and dropout as the settings say, and its vocabulary."""
+
+    def change(args: ModelArgs) -> ModelArgs:
+        args = cfg.extend(args)
+        return args if cfg.dropout is None else changed(args, dropout=cfg.dropout)
+
+    weights = not cfg.estimate  # an estimate needs the shape alone
+    start = checkpoint.load(cfg.init, "cpu", cfg.tokenizer, cfg.n_heads, change, weights)
+    return start.model, start.tokenizer
+
+
+def new_model(cfg: Config) -> tuple[Transformer, Tokenizer]:
+    """A model of the preset's shape with what the settings override, and the vocabulary of the data."""
+    tokenizer = load_tokenizer(cfg.tokenizer or recorded_tokenizer(cfg.data[0]))
+    names = (*SHAPE, "n_heads", "dropout")
+    chosen = {name: getattr(cfg, name) for name in names if getattr(cfg, name) is not None}
+    shape = cfg.of_new_model(PRESETS[cfg.model or "92M"] | chosen)
+    try:
+        args = ModelArgs(vocab_size=tokenizer.vocab_size, tie_embeddings=cfg.tie_embeddings, **shape)
+    except ValueError as error:
+        raise UserError(f"模型形状不成立：{error}") from error
+    with torch.device("meta" if cfg.estimate else "cpu"):
+        return Transformer(args), tokenizer
 
 
 def recorded_tokenizer(data: Path) -> Path:
@@ -136,7 +184,7 @@ def recorded_tokenizer(data: Path) -> Path:
     return Path(recorded) if recorded else CHATGLM2
 
 
-def open_windows(cfg: Config, seq_len: int, tokenizer: ChatGLMTokenizer, runtime: rt.Runtime) -> TokenWindows:
+def open_windows(cfg: Config, seq_len: int, tokenizer: Tokenizer, runtime: rt.Runtime) -> TokenWindows:
     """The windows of the token files; those that cut few documents need an index, which the main process makes."""
     windows = TokenWindows(cfg.data, seq_len, tokenizer, cfg.document_mask)
     if cfg.windows == "plain":
@@ -164,19 +212,8 @@ def phases(cfg: Config, windows: TokenWindows, total: int) -> list[Phase]:
     return found
 
 
-def model_args(cfg: Config, tokenizer: ChatGLMTokenizer) -> ModelArgs:
-    """The preset's shape with what the settings override."""
-    names = ("dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len", "dropout")
-    chosen = {name: getattr(cfg, name) for name in names if getattr(cfg, name) is not None}
-    shape = PRESETS[cfg.model] | chosen
-    try:
-        return ModelArgs(vocab_size=tokenizer.vocab_size, tie_embeddings=cfg.tie_embeddings, **shape)
-    except ValueError as error:
-        raise UserError(f"模型形状不成立：{error}") from error
-
-
 def make_evaluate(
-    cfg: Config, args: ModelArgs, tokenizer: ChatGLMTokenizer, runtime: rt.Runtime
+    cfg: Config, args: ModelArgs, tokenizer: Tokenizer, runtime: rt.Runtime
 ) -> Callable[[Transformer], dict[str, float]]:
     """A function that measures loss (nats per token) and bits per byte on fixed windows of cfg.valid."""
     needed = 2 * (args.max_seq_len + 1)  # bytes of a window of uint16
@@ -187,14 +224,15 @@ def make_evaluate(
     count = max(1, min(len(windows), cfg.eval_tokens // args.max_seq_len))
     chosen = np.linspace(0, len(windows) - 1, count).astype(np.int64)[runtime.rank :: runtime.world]
     sizes, eos = tokenizer.bytes_per_token(), tokenizer.special_tokens["<eos>"]
+    # With SentencePiece the first piece of a document carries a space that is not in the text.
+    space = int(sizes[tokenizer.encode("a")].sum()) - 1
 
     def evaluate(model: Transformer) -> dict[str, float]:
         loss = tokens = size = 0.0
         for start in range(0, len(chosen), cfg.micro_batch):
             mb = windows.read(chosen[start : start + cfg.micro_batch])
             tokens += mb.targets.numel()
-            # The first piece of a document carries a space that is not in the text.
-            size += sizes[mb.targets.numpy()].sum() - int((mb.tokens == eos).sum())
+            size += sizes[mb.targets.numpy()].sum() - space * int((mb.tokens == eos).sum())
             mb = mb.to(runtime.device)
             loss += float(model(mb.tokens, mb.targets, reduction="sum", documents=mb.documents))
         loss, tokens, size = runtime.sum(loss, tokens, size)
@@ -204,13 +242,13 @@ def make_evaluate(
 
 
 def make_sample(
-    cfg: Config, tokenizer: ChatGLMTokenizer, runtime: rt.Runtime
+    cfg: Config, tokenizer: Tokenizer, runtime: rt.Runtime
 ) -> Callable[[Transformer], list[str]] | None:
     """A function that greedily continues the beginnings of a few documents of cfg.valid; None: not wanted."""
     prompts = first_tokens(cfg.valid, tokenizer) if cfg.sample_every and cfg.valid.exists() else []
     if not prompts:
         return None
-    stop = [tokenizer.special_tokens["<eos>"]]
+    stop = stop_ids(tokenizer)
 
     def sample(model: Transformer) -> list[str]:
         if not runtime.is_main:
@@ -218,14 +256,14 @@ def make_sample(
         if hasattr(model.norm.weight, "full_tensor"):  # a DTensor: no process has a whole layer
             runtime.print("权重分片时不做续写；训练后可用 python eval_pretrain.py 看。")
             return []
-        news = model.generate(prompts, SAMPLE_TOKENS, temperature=0, stop_ids=stop)
+        news = generate(model, prompts, Sampling(SAMPLE_TOKENS, temperature=0), stop)
         texts = zip(map(tokenizer.decode, prompts), map(tokenizer.decode, news), strict=True)
         return [" ".join(f"【{prompt}】{new}".split()) for prompt, new in texts]
 
     return sample
 
 
-def first_tokens(path: Path, tokenizer: ChatGLMTokenizer) -> list[list[int]]:
+def first_tokens(path: Path, tokenizer: Tokenizer) -> list[list[int]]:
     """The first PROMPT_TOKENS tokens of SAMPLES documents, spread over the beginning of a token file."""
     if path.stat().st_size < 1000:
         return []

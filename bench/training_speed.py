@@ -150,21 +150,29 @@ def gpu_memory() -> int:
 def original(cfg: Config, model: str) -> tuple[float, int]:
     """Eager, logits whole and in fp32, AdamW as torch makes it by default, one micro-batch a step."""
     import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    args = model_args(cfg, model)
+    step = original_step(args, device)
+    tokens = torch.randint(0, args.vocab_size, (cfg.micro_batch, args.max_seq_len + 1), device=device)
+    seconds = statistics.median(timed(lambda: step(tokens[:, :-1], tokens[:, 1:]), cfg.steps, device))
+    return cfg.micro_batch * args.max_seq_len / seconds, gpu_memory()
+
+
+def original_step(args, device: str) -> Callable[..., None]:
+    """A function that trains a new model of this shape on tokens and targets (b, T), in the original's way."""
+    import torch
     import torch.nn.functional as F
 
     from model import Transformer
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    args = model_args(cfg, model)
     network = Transformer(args).to(device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1)
     scaler = torch.amp.GradScaler(enabled=device == "cuda")
-    tokens = torch.randint(0, args.vocab_size, (cfg.micro_batch, args.max_seq_len + 1), device=device)
 
-    def step() -> None:
+    def step(tokens: torch.Tensor, targets: torch.Tensor) -> None:
         with torch.autocast("cuda", torch.float16, enabled=device == "cuda"):
-            logits = network(tokens[:, :-1])
-            loss = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+            loss = F.cross_entropy(network(tokens).float().flatten(0, 1), targets.flatten())
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -172,8 +180,7 @@ def original(cfg: Config, model: str) -> tuple[float, int]:
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
-    seconds = statistics.median(timed(step, cfg.steps, device))
-    return cfg.micro_batch * args.max_seq_len / seconds, gpu_memory()
+    return step
 
 
 def hugging_face(cfg: Config, model: str, bf16: bool) -> tuple[float, int]:

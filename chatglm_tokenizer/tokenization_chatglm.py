@@ -6,12 +6,13 @@ so a user who writes "<eos>" or "[gMASK]" gets those characters, not a control t
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 
+from chatglm_tokenizer.base import Tokenizer, check_surrogates
 from stage import ROOT, UserError
 
 CHATGLM2 = ROOT / "chatglm_tokenizer" / "tokenizer.model"  # where download.py puts it
@@ -22,11 +23,7 @@ CHATGLM2_PIECES = 64789
 CHATGLM2_SPECIALS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 
 
-class NotText(UserError, ValueError):
-    """A string that has no UTF-8 form."""
-
-
-class ChatGLMTokenizer:
+class ChatGLMTokenizer(Tokenizer):
     """Text <-> ids over any SentencePiece model; `encode` gives id for id what SentencePiece gives."""
 
     def __init__(self, vocab_file: str | Path):
@@ -54,30 +51,25 @@ class ChatGLMTokenizer:
         """Rows that a model's embedding needs: 64,793 for ChatGLM2, the number of pieces for any other."""
         return self.pieces + (len(CHATGLM2_SPECIALS) - 1 if "sop" in self.special_tokens else 0)
 
-    def __len__(self) -> int:
-        return self.vocab_size
+    @property
+    def files(self) -> dict[str, bytes]:
+        """What a checkpoint keeps of this vocabulary, by file name."""
+        return {"tokenizer.model": self.content}
 
-    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """Ids of a text. add_special_tokens: put ChatGLM2's prefix `[gMASK] sop` (others: `<bos>`) before it.
+    @property
+    def stop_ids(self) -> list[int]:
+        """Ids that end an answer."""
+        return [self.special_tokens["<eos>"]]
 
-        Raises ValueError for lone surrogates, which are not text and have no UTF-8 form.
-        """
-        return self.encode_batch([text], add_special_tokens)[0]
-
-    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = False) -> list[list[int]]:
-        """Ids of many texts; SentencePiece works on them with all cores."""
+    def encode_arrays(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
+        """Ids of many texts, (n,) int32 each. threads: -1 for one per processor."""
         texts = list(texts)
         try:
-            rows = self.sp.encode(texts, num_threads=-1 if len(texts) > 1 else 1)
+            return self.sp.encode(texts, return_type="numpy", num_threads=threads)
         except (RuntimeError, TypeError, UnicodeEncodeError):
             for text in texts:
                 check_surrogates(text)
             raise
-        if not add_special_tokens:
-            return rows
-        special = self.special_tokens
-        prefix = [special["[gMASK]"], special["sop"]] if "sop" in special else [special["<bos>"]]
-        return [prefix + row for row in rows]
 
     def decode(self, ids: int | Sequence[int]) -> str:
         """Text of ids; special ids (padding, `<bos>`, `<eos>`, ChatGLM2's) give nothing.
@@ -91,18 +83,6 @@ class ChatGLMTokenizer:
                 raise ValueError(f"id {i} is outside the vocabulary of {highest} ids")
         return self.sp.decode([i for i in ids if 2 < i < self.pieces])
 
-    def decode_stream(self, ids: Iterator[int]) -> Iterator[str]:
-        """Text of ids as they come; a character of several byte pieces is held back until it is whole."""
-        seen: list[int] = []
-        shown = ""
-        for token in ids:
-            seen.append(token)
-            text = self.decode(seen)
-            if not text.endswith("\ufffd"):
-                yield text[len(shown) :]
-                shown = text
-        yield self.decode(seen)[len(shown) :]
-
     def bytes_per_token(self) -> np.ndarray:
         """UTF-8 bytes that each id stands for, (vocab_size,) int64: what bits per byte are counted with."""
         sizes = np.zeros(self.vocab_size, dtype=np.int64)
@@ -110,13 +90,3 @@ class ChatGLMTokenizer:
             piece = self.sp.id_to_piece(i).replace("▁", " ")
             sizes[i] = 1 if self.sp.is_byte(i) else len(piece.encode())
         return sizes
-
-
-def check_surrogates(text: str) -> None:
-    """Raise ValueError where a text has a lone surrogate (half of a UTF-16 pair)."""
-    for position, character in enumerate(text):
-        if "\ud800" <= character <= "\udfff":
-            raise NotText(
-                f"lone surrogate U+{ord(character):04X} at position {position}: not valid text; "
-                'repair it with text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")'
-            )

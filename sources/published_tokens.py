@@ -15,6 +15,7 @@ from sources.files import is_sidecar, stem, walk
 from stage import DEMO_DIR, UserError
 
 if TYPE_CHECKING:
+    from chatglm_tokenizer.base import Tokenizer
     from chatglm_tokenizer.tokenization_chatglm import ChatGLMTokenizer
 
 DTYPE = np.dtype("<u2")
@@ -47,7 +48,7 @@ def published_bins(folder: Path, ours: set[Path]) -> list[Path]:
     ]
 
 
-def split_published(paths: Sequence[Path], tokenizer: "ChatGLMTokenizer", out: Path) -> list[TokenPiece]:
+def split_published(paths: Sequence[Path], tokenizer: "Tokenizer", out: Path) -> list[TokenPiece]:
     """The pieces of published token files, in order; UserError for files that cannot be merged.
 
     out: the file that they are merged into; its folder exists.
@@ -67,7 +68,7 @@ def split_published(paths: Sequence[Path], tokenizer: "ChatGLMTokenizer", out: P
     return [piece for path in paths for piece in _split(path, tokenizer.special_tokens["<eos>"])]
 
 
-def check_published(path: Path, tokenizer: "ChatGLMTokenizer") -> None:
+def check_published(path: Path, tokenizer: "Tokenizer") -> None:
     """Raise UserError for what can be told without reading the ids."""
     from chatglm_tokenizer.tokenization_chatglm import CHATGLM2_SHA256
 

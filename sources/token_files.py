@@ -14,7 +14,7 @@ from chatglm_tokenizer.batch_encoder import token_dtype
 from stage import atomic_path, remove, sidecar_path
 
 if TYPE_CHECKING:
-    from chatglm_tokenizer.tokenization_chatglm import ChatGLMTokenizer
+    from chatglm_tokenizer.base import Tokenizer
 
 COUNTED = ("documents", "tokens", "characters", "bytes")
 
@@ -22,9 +22,7 @@ COUNTED = ("documents", "tokens", "characters", "bytes")
 class TokenFile:
     """A token file while it is being written, and the counts for its sidecar."""
 
-    def __init__(
-        self, path: Path, handle: BinaryIO, tokenizer: "ChatGLMTokenizer", names: Sequence[str]
-    ) -> None:
+    def __init__(self, path: Path, handle: BinaryIO, tokenizer: "Tokenizer", names: Sequence[str]) -> None:
         """names: of the sources, as the entries of documents number them."""
         self.path, self.handle, self.tokenizer, self.names = path, handle, tokenizer, list(names)
         self.dtype = token_dtype(tokenizer)
@@ -66,7 +64,7 @@ class TokenFile:
 
 @contextmanager
 def open_token_files(
-    paths: Sequence[Path], tokenizer: "ChatGLMTokenizer", names: Sequence[str], more: dict[str, Any]
+    paths: Sequence[Path], tokenizer: "Tokenizer", names: Sequence[str], more: dict[str, Any]
 ) -> Iterator[list[TokenFile]]:
     """Write token files that appear under their names, with their sidecars, only when all went well.
 

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from chatglm_tokenizer.batch_encoder import BatchEncoder
+from chatglm_tokenizer.load import load_tokenizer
 from chatglm_tokenizer.tokenization_chatglm import ChatGLMTokenizer
 from data_clean.texts import Texts, from_arrow
 from sources.aside import SetAside
@@ -152,7 +153,7 @@ def ids_of(documents: Documents, wanted: np.ndarray, encoder: BatchEncoder) -> t
 @lru_cache(maxsize=1)
 def load_encoder(tokenizer: Path, compiled: bool) -> BatchEncoder:
     """The vocabulary of this process. Without compiled code the corpus is small, and this the only process."""
-    return BatchEncoder(ChatGLMTokenizer(tokenizer), compiled, threads=1 if compiled else -1)
+    return BatchEncoder(load_tokenizer(tokenizer), compiled, threads=1 if compiled else -1)
 
 
 @lru_cache(maxsize=1)

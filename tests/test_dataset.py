@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from chatglm_tokenizer.tokenization_chatglm import ChatGLMTokenizer
 from dataset import PretrainBatches, TokenWindows
-from dataset_sft import SftBatches, collate, read_samples, split_validation
+from dataset_sft import SftBatches, collate
+from dataset_sft_tokens import read_samples, split_validation
 from model import IGNORE
 from sources.aside import SetAside
 from stage import UserError
@@ -47,7 +48,7 @@ def two_files(tmp_path, vocabulary) -> tuple[list, ChatGLMTokenizer]:
 def test_windows_cover_every_file_and_never_cross_into_another(two_files) -> None:
     windows = TokenWindows(two_files[0], 10, two_files[1])
     assert len(windows) == 10 + 5
-    x, y, _ = windows.read(np.arange(15))
+    x, y, *_ = windows.read(np.arange(15))
     assert (y[:, :-1] == x[:, 1:]).all()
     assert (y == x + 1).all()  # consecutive numbers: no window spans two files
     assert sorted(y.flatten().tolist()) == [*range(4, 104), *range(1001, 1051)]
@@ -130,7 +131,7 @@ def test_samples_and_set_aside_rows_add_up(csv, vocabulary) -> None:
 
 def test_only_answers_bear_loss(csv, vocabulary) -> None:
     tokenizer = ChatGLMTokenizer(vocabulary)
-    x, y, _ = collate(read_samples(csv, tokenizer, 64, SetAside())[:7])
+    x, y, *_ = collate([[sample] for sample in read_samples(csv, tokenizer, 64, SetAside())[:7]])
     for row in range(7):
         ids = x[row].tolist()
         answer = y[row][y[row] != IGNORE].tolist()

@@ -6,7 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import IGNORE, PRESETS, KVCache, ModelArgs, Transformer, cross_entropy, sample
+from generation.batch import generate
+from generation.cache import KVCache
+from generation.sampling import Sampling
+from model import IGNORE, PRESETS, ModelArgs, Transformer, cross_entropy
+
+
+def greedy(count: int) -> Sampling:
+    return Sampling(count, temperature=0)
 
 
 def random_model(**shape: object) -> Transformer:
@@ -75,14 +82,14 @@ def test_logits_and_greedy_text_equal_hugging_face(kv_heads: int, tied: bool) ->
     expected = reference.generate(
         prompt, max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0
     )
-    assert model.generate(prompt, 30, temperature=0) == [expected[0, 11:].tolist()]
+    assert generate(model, prompt.tolist(), greedy(30)) == [expected[0, 11:].tolist()]
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_cached_batch_of_unequal_prompts_equals_uncached_rows(kv_heads: int) -> None:
     model = random_model(n_kv_heads=kv_heads)
     prompts = [[5, 6, 7], [9] * 11, [3], list(range(1, 31))]
-    for row, new in zip(prompts, model.generate(prompts, 30, temperature=0), strict=True):
+    for row, new in zip(prompts, generate(model, prompts, greedy(30)), strict=True):
         tokens = list(row)
         for _ in range(len(new)):
             tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
@@ -93,9 +100,12 @@ def test_cached_batch_of_unequal_prompts_equals_uncached_rows(kv_heads: int) -> 
 def test_cached_logits_equal_uncached_whatever_the_pieces() -> None:
     model = random_model(n_kv_heads=2)
     tokens = torch.randint(0, 101, (2, 40))
-    cache = KVCache(torch.zeros(2, dtype=torch.long), 40)
+    cache, pieces = KVCache(model.args, 3), []
     with torch.no_grad():
-        pieces = [model(part, cache=cache) for part in tokens.split([7, 1, 20, 12], dim=1)]
+        for part in tokens.split([7, 1, 20, 12], dim=1):
+            begin = sum(piece.shape[1] for piece in pieces)
+            window = cache.window([2, 0], [begin] * 2, [part.shape[1]] * 2)
+            pieces.append(model(part, cache=window))
         torch.testing.assert_close(torch.cat(pieces, dim=1), model(tokens), atol=1e-5, rtol=1e-5)
 
 
@@ -127,53 +137,28 @@ def test_loss_without_any_target_is_zero() -> None:
 def test_stop_ids_end_each_row_on_its_own() -> None:
     model = random_model()
     prompts = [[5, 6, 7], [9] * 11, [3]]
-    free = model.generate(prompts, 20, temperature=0)
+    free = generate(model, prompts, greedy(20))
     stop = free[0][4]
-    stopped = model.generate(prompts, 20, temperature=0, stop_ids=[stop])
+    stopped = generate(model, prompts, greedy(20), [stop])
     assert stopped == [row[: row.index(stop)] if stop in row else row for row in free]
 
 
 def test_generation_ends_at_the_context_and_crops_long_prompts() -> None:
     model = random_model(max_seq_len=16)
-    assert len(model.generate([[1] * 10], 100, temperature=0)[0]) == 6
-    assert len(model.generate([[1] * 50], 4, temperature=0)[0]) == 4
+    assert len(generate(model, [[1] * 10], greedy(100))[0]) == 6
+    assert len(generate(model, [[1] * 50], greedy(4))[0]) == 4
     with pytest.raises(ValueError, match="max_seq_len"):
         model(torch.ones(1, 17, dtype=torch.long))
     with pytest.raises(ValueError, match="at least one token"):
-        model.generate([[]], 4)
+        generate(model, [[]], greedy(4))
 
 
 def test_a_row_gets_as_much_room_beside_a_longer_one_as_alone() -> None:
     model = random_model()
     short, long = [5, 6], list(range(1, 41))
-    together = model.generate([short, long], 50, temperature=0)
-    assert together == [model.generate([p], 50, temperature=0)[0] for p in (short, long)]
+    together = generate(model, [short, long], greedy(50))
+    assert together == [generate(model, [p], greedy(50))[0] for p in (short, long)]
     assert [len(row) for row in together] == [50, 24]  # 40 + 24 fill the context of 64
-
-
-def test_sampling_is_reproducible_and_obeys_top_k_and_top_p() -> None:
-    model = random_model()
-    options = dict(temperature=0.9, top_k=10, top_p=0.9, repetition_penalty=1.2, seed=7)
-    assert model.generate([[1, 2]], 20, **options) == model.generate([[1, 2]], 20, **options)
-    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).repeat(4000, 1)
-    rng = torch.Generator().manual_seed(0)
-    assert set(sample(logits, 1.0, 2, None, rng).tolist()) == {0, 1}
-    assert set(sample(logits, 1.0, None, 0.7, rng).tolist()) == {0, 1}
-    assert set(sample(logits, 1.0, None, 0.85, rng).tolist()) == {0, 1, 2}
-    shares = torch.bincount(sample(logits, 1.0, None, None, rng), minlength=4) / 4000
-    torch.testing.assert_close(shares, torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.03, rtol=0)
-
-
-def test_repetition_penalty_equals_hugging_face() -> None:
-    from transformers import RepetitionPenaltyLogitsProcessor
-
-    from model import penalize_repetition
-
-    torch.manual_seed(0)
-    logits, tokens = torch.randn(2, 20), torch.randint(0, 20, (2, 6))
-    expected = RepetitionPenaltyLogitsProcessor(1.3)(tokens, logits.clone())
-    real = torch.ones_like(tokens, dtype=torch.bool)
-    torch.testing.assert_close(penalize_repetition(logits, tokens, real, 1.3), expected)
 
 
 def test_parameter_counts_of_the_reference_sizes() -> None:

@@ -87,7 +87,14 @@ def run(cfg: TrainConfig, trouble: dict[int, float]) -> tuple[Troubled, Rows]:
     rows = Rows()
     model = Troubled(rows, trouble)
     cfg = settle(cfg, cfg.total_steps(rows.steps_per_epoch), None)
-    train(cfg, Runtime(torch.device("cpu"), torch.float32), model, b"vocabulary", rows, lambda model: {})
+    train(
+        cfg,
+        Runtime(torch.device("cpu"), torch.float32),
+        model,
+        {"tokenizer.model": b"vocabulary"},
+        rows,
+        lambda model: {},
+    )
     return model, rows
 
 

@@ -4,16 +4,19 @@
     optimizer.safetensors    what the optimizer remembers, `<parameter>.<key>`
     config.json              ModelArgs
     train_config.json        the stage's settings
-    tokenizer.model          the vocabulary
+    tokenizer.model          the vocabulary; of an imported model tokenizer.json, tokenizer_config.json and
+                             generation_config.json
     state.json               step, tokens, what the data order depends on, the scaler
     checksums.json           xxh3-128 of every other file; written last
 
 Of a sharded run the first two are `model-00001-of-00004.safetensors`, ...: one file of each process's rows, which
 every reader puts together by itself. Nothing is pickled. Whoever reads a checkpoint takes a folder and learns
-shape and vocabulary from it. The original project's `.pth` files (plain state dicts) are read too.
+shape and vocabulary from it. Hugging Face folders (exchange/) and the original project's `.pth` files (plain state
+dicts) are read too.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +25,13 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
 
-from chatglm_tokenizer.tokenization_chatglm import CHATGLM2, ChatGLMTokenizer
+from chatglm_tokenizer.base import Tokenizer
+from chatglm_tokenizer.load import load_tokenizer
+from chatglm_tokenizer.tokenization_chatglm import CHATGLM2
+from exchange.hf_config import args_from_hf
+from exchange.hf_reader import read_hf_config, read_hf_weights
 from model import ModelArgs, Transformer
+from rope import rope_table
 from stage import UserError
 from training import state
 from training.original_pth import args_from_weights, read_pth
@@ -38,7 +46,7 @@ class Checkpoint:
     """What was loaded: the model, the vocabulary that goes with it, and where it came from."""
 
     model: Transformer
-    tokenizer: ChatGLMTokenizer
+    tokenizer: Tokenizer
     path: Path
 
 
@@ -105,12 +113,13 @@ def tensor_paths(folder: Path, kind: str) -> list[Path]:
 
 
 def find(path: Path) -> Path:
-    """The checkpoint that a user means: a step folder, the newest of a run's folder, or a .pth file."""
-    if path.is_file() or next(path.glob("model*.safetensors"), None):
+    """The checkpoint that a user means: a step folder, the newest of a run's, a Hugging Face folder, or a .pth."""
+    if path.is_file() or next(path.glob("model*.safetensors"), None) or read_hf_config(path) is not None:
         return path
     if not path.exists():
         raise UserError(
-            f"找不到检查点 {path}；请先运行 python pretrain.py，或指定检查点文件夹、原项目的 .pth 文件。"
+            f"找不到检查点 {path}；请先运行 python pretrain.py，或指定检查点文件夹、Hugging Face 模型文件夹、"
+            "原项目的 .pth 文件。"
         )
     steps = list_steps(path)
     if not steps:
@@ -123,37 +132,44 @@ def load(
     device: torch.device | str = "cpu",
     tokenizer: Path | None = None,
     n_heads: int | None = None,
+    change: Callable[[ModelArgs], ModelArgs] = lambda args: args,
+    weights: bool = True,
 ) -> Checkpoint:
-    """Load a model with its vocabulary from a step folder, a run's folder, or an original .pth.
+    """Load a model with its vocabulary from a step folder, a run's folder, a Hugging Face folder or an original .pth.
 
     tokenizer: overrides the checkpoint's (a .pth has none; by default the ChatGLM2 vocabulary).
-    n_heads: of a .pth whose shape is not one of the known ones.
+    n_heads: of a .pth whose shape is not one of the known ones. change: of the shape, such as a longer context.
+    weights: False leaves them out, for an estimate: the model is on the meta device.
     """
     path = find(path)
-    if path.is_file():
-        weights = read_pth(path)
-        args = args_from_weights(weights, path, n_heads)
-    else:
-        args = read_args(path)
-        weights = with_tied(read_weights(path), args)
-    vocabulary = ChatGLMTokenizer(tokenizer or (path / "tokenizer.model" if path.is_dir() else CHATGLM2))
-    if vocabulary.vocab_size > args.vocab_size:
+    state_dict = read_pth(path) if path.is_file() else {}
+    args = args_from_weights(state_dict, path, n_heads) if state_dict else read_args(path)
+    vocabulary = load_tokenizer(tokenizer or (path if path.is_dir() else CHATGLM2))
+    if vocabulary.least_rows > args.vocab_size:
         raise UserError(
-            f"词表 {vocabulary.vocab_file} 有 {vocabulary.vocab_size} 个条目，而 {path} 的模型只有 "
+            f"词表 {vocabulary.vocab_file} 有 {vocabulary.least_rows} 个条目，而 {path} 的模型只有 "
             f"{args.vocab_size} 个；请用 --tokenizer 指定训练它的词表。"
         )
-    return Checkpoint(build(args, weights, path).to(device), vocabulary, path)
+    if not weights:
+        with torch.device("meta"):
+            return Checkpoint(Transformer(change(args)), vocabulary, path)
+    state_dict = state_dict or with_tied(read_weights(path), args)
+    return Checkpoint(build(change(args), state_dict, path).to(device), vocabulary, path)
 
 
 def build(args: ModelArgs, weights: dict[str, Tensor], path: Path) -> Transformer:
-    """A model of this shape with exactly these weights."""
-    model = Transformer(args)
+    """A model of this shape that holds exactly these weights: those in fp32 are not copied."""
+    with torch.device("meta"):
+        model = Transformer(args)
     try:
-        model.load_state_dict(weights, strict=True)
+        model.load_state_dict({k: v.float() for k, v in weights.items()}, strict=True, assign=True)
     except (RuntimeError, AttributeError) as error:
         raise UserError(
             f"{path} 的权重与模型形状不符：{str(error).strip().splitlines()[-1].strip()}"
         ) from error
+    if args.tie_embeddings:
+        model.output.weight = model.tok_embeddings.weight
+    model.rope = rope_table(args)
     return model
 
 
@@ -165,7 +181,12 @@ def with_tied(weights: dict[str, Tensor], args: ModelArgs) -> dict[str, Tensor]:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The whole weights of a checkpoint, put together if they are in several files; UserError if damaged."""
+    """The whole weights of a checkpoint, put together if they are in several files; UserError if damaged.
+
+    Of a Hugging Face folder as well, under our names and in fp32.
+    """
+    if read_hf_config(folder) is not None:
+        return read_hf_weights(folder, read_args(folder))
     paths = tensor_paths(folder, "model")
     try:
         files = TensorFiles(paths)
@@ -177,6 +198,9 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def read_args(folder: Path) -> ModelArgs:
+    """The shape of a checkpoint, or of a Hugging Face folder."""
+    if (config := read_hf_config(folder)) is not None:
+        return args_from_hf(config, folder)
     try:
         return ModelArgs(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:

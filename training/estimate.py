@@ -1,14 +1,16 @@
 """What a run will need, said before it starts: parameters, memory, computation, time, energy, money.
 
     computation  6 N + 12 L C T FLOPs per token, forward and backward (PaLM, appendix B,
-                 https://arxiv.org/abs/2204.02311); recomputing activations adds a forward pass, one third more
+                 https://arxiv.org/abs/2204.02311); recomputing activations adds a forward pass, one third more; the
+                 output matrix counts for those tokens alone of which logits are made (fine-tuning)
     state        per parameter 4 bytes fp32 weight, 4 gradient, 8 AdamW moments (ZeRO, section 3.1,
                  https://arxiv.org/abs/1910.02054), or 4 for the momentum of a matrix under Muon
     activations  what backward needs of each layer, counted as https://arxiv.org/abs/2205.05198 does, but for this
                  block: SwiGLU, grouped queries, no attention matrix; fp32 residual stream, the rest in `dtype`
     time         computation / (peak * MFU); energy: board power * time; money: price * GPUs * hours
 
-Shapes as in model.py: L layers, C width, T tokens, V vocabulary, F feed-forward width, K key/value width.
+Shapes as in model.py: L layers, C width, T tokens, V vocabulary, F feed-forward width, Q and K widths of all query
+and of all key/value heads.
 """
 
 import math
@@ -51,10 +53,17 @@ class Plan:
     device: str = "cpu"  # its type
     muon: bool = False  # whether the hidden matrices have Muon's one moment instead of AdamW's two
     shards: int = 1  # over how many processes weights, gradients and optimizer state are split
+    labelled: float = 1.0  # share of the tokens of which logits are made
 
     @property
     def tokens(self) -> float:
         return self.tokens_per_step * self.steps
+
+    @property
+    def flops_per_token(self) -> float:
+        """Computation per token, forward and backward."""
+        skipped = 6 * self.args.vocab_size * self.args.dim * (1 - self.labelled)
+        return flops_per_token(self.args, self.length) - skipped
 
 
 @dataclass
@@ -71,10 +80,10 @@ class Memory:
 
 def count_parameters(args: ModelArgs) -> dict[str, int]:
     """Parameters by part; a tied output matrix is the embedding."""
-    C, K = args.dim, args.n_kv_heads * args.head_dim
+    C, Q, K = args.dim, args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
     return {
         "词嵌入": args.vocab_size * C,
-        "注意力": args.n_layers * 2 * C * (C + K),
+        "注意力": args.n_layers * 2 * C * (Q + K),
         "前馈": args.n_layers * 3 * C * args.hidden_dim,
         "归一化": (2 * args.n_layers + 1) * C,
         "输出层": 0 if args.tie_embeddings else args.vocab_size * C,
@@ -85,16 +94,16 @@ def flops_per_token(args: ModelArgs, length: int) -> int:
     """Training FLOPs per token; the same rule as `Transformer.flops_per_token`, without building the model."""
     parts = count_parameters(args)
     lookup = 0 if args.tie_embeddings else parts["词嵌入"]
-    return 6 * (sum(parts.values()) - lookup) + 12 * args.n_layers * args.dim * length
+    return 6 * (sum(parts.values()) - lookup) + 12 * args.n_layers * args.n_heads * args.head_dim * length
 
 
 def layer_bytes(args: ModelArgs, dtype: torch.dtype) -> int:
     """Bytes per token that one layer keeps for its backward pass."""
-    C, K, F = args.dim, args.n_kv_heads * args.head_dim, args.hidden_dim
+    C, Q, K, F = args.dim, args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim, args.hidden_dim
     s = dtype.itemsize
     norms = 2 * (4 * C + 4 * C + 4)  # each: its input, the normalised input, 1/rms; fp32
     inputs = 2 * 4 * C if s == 4 else (3 + 2) * s * C  # of wq wk wv and w1 w3; autocast makes a copy for each
-    attention = s * (C + 2 * K + C) + 4 * args.n_heads  # queries, keys, values, result; log-sum-exp
+    attention = s * (Q + 2 * K + Q) + 4 * args.n_heads  # queries, keys, values, result; log-sum-exp
     return norms + inputs + attention + s * 4 * F  # w1 x, silu, w3 x, their product
 
 
@@ -137,30 +146,35 @@ def make_plan(cfg: TrainConfig, runtime: Runtime, args: ModelArgs, batches: Batc
     span = max(1, min(steps, int(batches.steps_per_epoch)))
     seen = [batches.step(int(step)) for step in np.linspace(0, span - 1, min(PROBES, span))]
     lengths = {mb.tokens.shape[1] for step in seen for mb in step}
+    tokens = [sum(int((mb.tokens != 0).sum()) for mb in step) for step in seen]
+    logits = [sum((mb.tokens if mb.labelled is None else mb.labelled).numel() for mb in s) for s in seen]
     return Plan(
         args=args,
         dtype=runtime.dtype,
         rows=max(len(mb.tokens) for step in seen for mb in step),
         length=max(lengths) if len(lengths) == 1 else args.max_seq_len,  # where it varies, the worst case
         accumulates=max(map(len, seen)) > 1,
-        tokens_per_step=runtime.world
-        * float(np.mean([sum(int((mb.tokens != 0).sum()) for mb in s) for s in seen])),
+        tokens_per_step=runtime.world * float(np.mean(tokens)),
         steps=steps,
         device=runtime.device.type,
         muon=cfg.optimizer == "muon",
         shards=runtime.world if cfg.shard else 1,
+        labelled=min(1.0, sum(logits) / max(1, sum(tokens))),
     )
 
 
-def announce(cfg: TrainConfig, runtime: Runtime, args: ModelArgs, batches: Batches) -> None:
-    """Print what the run needs; with --estimate also its speed here, and what it would take on other hardware."""
+def announce(cfg: TrainConfig, runtime: Runtime, args: ModelArgs, batches: Batches) -> float:
+    """Print what the run needs; with --estimate also its speed here, and what it would take on other hardware.
+
+    Returns FLOPs per token; 0 in all but the main process, which alone reports.
+    """
     if not runtime.is_main:
-        return
+        return 0.0
     plan = make_plan(cfg, runtime, args, batches)
     for line in describe(plan, device_memory(runtime.device)):
         print(line, flush=True)
     if peak := runtime.peak_flops():
-        speed = runtime.world * peak * cfg.mfu / flops_per_token(args, plan.length)
+        speed = runtime.world * peak * cfg.mfu / plan.flops_per_token
         print(f"  这里：{takes(plan, speed)}（按 MFU {cfg.mfu:.0%} 算）", flush=True)
     elif cfg.estimate and memory(replace(plan, rows=1)).peak < (device_memory(runtime.device) or math.inf):
         speed = runtime.world * measure(plan, runtime)
@@ -169,6 +183,7 @@ def announce(cfg: TrainConfig, runtime: Runtime, args: ModelArgs, batches: Batch
         print("  这里：设备的峰值未知，用时以日志里的“剩余”为准。", flush=True)
     if cfg.estimate:
         print(compare(plan, cfg.hardware, cfg.mfu, cfg.price), flush=True)
+    return plan.flops_per_token
 
 
 def describe(plan: Plan, available: int | None) -> list[str]:
@@ -176,7 +191,7 @@ def describe(plan: Plan, available: int | None) -> list[str]:
     parts = count_parameters(plan.args)
     each = "、".join(f"{name} {count / 1e6:.1f}M" for name, count in parts.items() if count)
     whole, less = memory(plan), memory(plan, recompute=True)
-    flops = flops_per_token(plan.args, plan.length)
+    flops = plan.flops_per_token
     process = PROCESS if plan.device == "cpu" else 0.0
     lines = [
         f"  参数 {sum(parts.values()) / 1e6:.2f}M：{each}",
@@ -219,7 +234,7 @@ def compare(plan: Plan, hardware: Sequence[str], mfu: float, price: float) -> st
 
 def hardware_row(plan: Plan, gpu: Gpu, count: int, mfu: float, price: float) -> tuple[object, ...]:
     """A row of the table: speed, time, energy and money on so many of these GPUs, and how many rows fit."""
-    speed = count * 1e12 * gpu.half * mfu / flops_per_token(plan.args, plan.length)
+    speed = count * 1e12 * gpu.half * mfu / plan.flops_per_token
     hours = plan.tokens / speed / 3600
     usable = gpu.memory * 2**30 * USABLE
     fits = (largest_micro_batch(plan, usable, recompute) for recompute in (False, True))
@@ -239,11 +254,12 @@ def measure(plan: Plan, runtime: Runtime, seconds: float = 3.0) -> float:
     length = min(plan.length, max(64, int(PROBE_FLOPS / flops_per_token(plan.args, plan.length))))
     rows = max(1, min(plan.rows, 1024 // length))
     tokens = torch.randint(plan.args.vocab_size, (rows, length), device=runtime.device)
+    labelled = torch.arange(max(1, int(plan.labelled * tokens.numel())), device=runtime.device)
     times: list[float] = []
     while len(times) < 2 or (sum(times) < seconds and len(times) < 20):
         begin = time.perf_counter()
         with runtime.autocast():
-            loss = model(tokens, tokens, reduction="sum")
+            loss = model(tokens, tokens, reduction="sum", labelled=labelled)
         loss.backward()
         model.zero_grad()
         loss.item()  # wait for the device

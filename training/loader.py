@@ -6,6 +6,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from loss import IGNORE
+
 
 class MicroBatch(NamedTuple):
     """Rows of one forward and backward pass."""
@@ -13,6 +15,15 @@ class MicroBatch(NamedTuple):
     tokens: Tensor  # (b, T) int64
     targets: Tensor  # (b, T) int64, IGNORE where no loss is borne
     documents: Tensor | None = None  # (b, T) int32: tokens see those of the same number; None: all before
+    # (n,) int64: the places among the b * T targets of those that bear loss, and some more. Counted on the host,
+    # because a GPU that is asked how many there are makes the host wait. None: all places.
+    labelled: Tensor | None = None
+
+    def idle(self) -> "MicroBatch":
+        """One of the same shape that bears no loss, for a process that only takes part."""
+        return self._replace(
+            tokens=torch.zeros_like(self.tokens), targets=torch.full_like(self.targets, IGNORE)
+        )
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same on a device; a copy from pinned memory does not wait."""

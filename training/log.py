@@ -17,7 +17,7 @@ class Log:
     """Writes `log.jsonl`, prints the same figures, passes them on; silent in all but the main process."""
 
     def __init__(
-        self, cfg: TrainConfig, runtime: Runtime, step: int, tokens: int, total_steps: int, flops: int
+        self, cfg: TrainConfig, runtime: Runtime, step: int, tokens: int, total_steps: int, flops: float
     ):
         """step, tokens: where the run starts. flops: per token, for the MFU."""
         self.path, self.runtime = cfg.out / "log.jsonl", runtime

@@ -32,18 +32,18 @@ def train(
     cfg: TrainConfig,
     runtime: Runtime,
     model: Transformer,
-    vocabulary: bytes,
+    vocabulary: dict[str, bytes],
     batches: Batches,
     evaluate: Callable[[Transformer], dict[str, float]],
     sample: Callable[[Transformer], list[str]] | None = None,
 ) -> None:
     """Train until the last step, saving on the way; SIGTERM or Ctrl-C saves and ends early.
 
-    cfg: settled (recipes.py). vocabulary: the tokenizer's file, kept with every checkpoint.
+    cfg: settled (recipes.py). vocabulary: the tokenizer's files by name, kept with every checkpoint.
     evaluate: figures of the stage's validation.
     sample: lines to read at intervals, such as continuations of a few prompts.
     """
-    announce(cfg, runtime, model.args, batches)
+    flops = announce(cfg, runtime, model.args, batches)
     if cfg.estimate:
         return
     with (
@@ -53,7 +53,7 @@ def train(
     ):
         runtime.place(model, cfg.shard)
         run = Run(cfg, runtime, model, vocabulary, batches)
-        run.begin()
+        run.begin(flops)
         while run.step < run.total and not run.stopping:
             run.train_step()
             saving, evaluating = run.is_due(cfg.save_every) or run.owes_save, run.is_due(cfg.eval_every)
@@ -74,7 +74,12 @@ class Run:
     """The state of a run that changes from step to step, and how it is saved and restored."""
 
     def __init__(
-        self, cfg: TrainConfig, runtime: Runtime, model: Transformer, vocabulary: bytes, batches: Batches
+        self,
+        cfg: TrainConfig,
+        runtime: Runtime,
+        model: Transformer,
+        vocabulary: dict[str, bytes],
+        batches: Batches,
     ):
         self.cfg, self.runtime, self.model = cfg, runtime, model
         self.vocabulary, self.batches = vocabulary, ReadAhead(batches, runtime.device)
@@ -95,8 +100,8 @@ class Run:
         self.owes_save = False  # a checkpoint was put off because the run was in doubt
         self.stopping = False  # some process has received a signal, and all know
 
-    def begin(self) -> None:
-        """Restore the newest checkpoint if asked to, and make the model ready for the loop."""
+    def begin(self, flops: float) -> None:
+        """Restore the newest checkpoint if asked to, and make the model ready for the loop. flops: per token."""
         found = self.runtime.from_main(checkpoint.list_steps(self.cfg.out))
         if found and not self.cfg.resume:
             raise UserError(
@@ -110,7 +115,6 @@ class Run:
             f"{self.runtime.describe()}；参数 {self.model.num_params() / 1e6:.2f}M；共 {self.total} 步，"
             f"每遍数据 {self.batches.steps_per_epoch:.1f} 步；从第 {self.step} 步开始。"
         )
-        flops = self.model.flops_per_token()
         self.log = Log(self.cfg, self.runtime, self.step, self.tokens, self.total, flops)
 
     def end(self) -> None:
@@ -158,7 +162,9 @@ class Run:
             with no_sync(self.wrapped, last=i == len(micro_batches) - 1):
                 with self.runtime.autocast():
                     # Every token of the global batch weighs the same, however it is cut up.
-                    loss_sum = self.wrapped(mb.tokens, mb.targets, reduction="sum", documents=mb.documents)
+                    loss_sum = self.wrapped(
+                        mb.tokens, mb.targets, reduction="sum", documents=mb.documents, labelled=mb.labelled
+                    )
                     part = loss_sum / bearing
                 self.scaler.scale(part * self.runtime.world).backward()  # DDP averages over processes
             share += part.detach()

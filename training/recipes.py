@@ -38,6 +38,21 @@ RECIPES: dict[str, dict[str, Any]] = {
         beta2=0.95,
         clip=1.0,
     ),
+    # A trained model on new data: rates rise again, to a third of those it was trained with, and fall again, so that it
+    # learns the new and forgets little of the old (https://arxiv.org/abs/2403.08763). AdamW, because that is what the
+    # published models were trained with: Muon then gains nothing, or loses (https://arxiv.org/abs/2502.16982, 3.5).
+    "continued": dict(
+        optimizer="adamw",
+        lr=1e-4,
+        min_lr=1e-5,
+        weight_decay=0.1,
+        warmup=100,
+        schedule="cosine",
+        decay_fraction=0.2,
+        beta1=0.9,
+        beta2=0.95,
+        clip=1.0,
+    ),
 }
 
 Config = TypeVar("Config", bound=TrainConfig)

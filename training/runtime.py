@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from model import IGNORE, Transformer
+from model import Transformer
 from stage import UserError
 from training import hardware
 from training.loader import MicroBatch
@@ -72,9 +72,7 @@ class Runtime:
         most = torch.tensor(len(micro_batches))
         dist.all_reduce(most, dist.ReduceOp.MAX)
         last = micro_batches[-1]
-        idle = MicroBatch(
-            torch.zeros_like(last.tokens), torch.full_like(last.targets, IGNORE), last.documents
-        )
+        idle = last.idle()
         return micro_batches + [idle] * (int(most) - len(micro_batches))
 
     def from_main(self, value: Any) -> Any:

@@ -58,12 +58,13 @@ class Writer:
         model: Transformer,
         optimizer: torch.optim.Optimizer | None,
         settings: Any,
-        vocabulary: bytes,
+        vocabulary: dict[str, bytes],
         counters: dict,
     ) -> None:
         """Begin to write a checkpoint; the state may change once this returns.
 
-        counters: what JSON can hold; `restore` returns it. UserError of this write or, in the background, of the
+        vocabulary: its files by name. counters: what JSON can hold; `restore` returns it.
+        UserError of this write or, in the background, of the
         one before, which is waited for.
         """
         self.wait()
@@ -108,7 +109,9 @@ class Writer:
             buffer = self.buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
         return buffer.copy_(tensor, non_blocking=True)
 
-    def run(self, step: int, pieces: dict[str, dict[str, Piece]], texts: dict, vocabulary: bytes) -> None:
+    def run(
+        self, step: int, pieces: dict[str, dict[str, Piece]], texts: dict, vocabulary: dict[str, bytes]
+    ) -> None:
         """The thread: write, keep the error for whoever waits."""
         final = self.out / f"step_{step:08d}"
         try:
@@ -118,7 +121,9 @@ class Writer:
         except Exception as error:  # what a full disk looks like from below, or a process that has gone
             self.error = cannot_write(final, error)
 
-    def write(self, final: Path, pieces: dict[str, dict[str, Piece]], texts: dict, vocabulary: bytes) -> None:
+    def write(
+        self, final: Path, pieces: dict[str, dict[str, Piece]], texts: dict, vocabulary: dict[str, bytes]
+    ) -> None:
         """Write the folder, each process its own files, and delete what is no longer to be kept."""
         is_main = self.runtime.is_main
         # Of a run that was killed while saving.
@@ -142,8 +147,9 @@ class Writer:
                 )
             for name, content in texts.items():
                 write_json(folder / name, content)
-            (folder / "tokenizer.model").write_bytes(vocabulary)
-            checksums |= {name: checksum(folder / name) for name in (*texts, "tokenizer.model")}
+            for name, content in vocabulary.items():
+                (folder / name).write_bytes(content)
+            checksums |= {name: checksum(folder / name) for name in (*texts, *vocabulary)}
             write_json(folder / CHECKSUMS, checksums)
         sync_folder(self.out)
         self.delete_old()

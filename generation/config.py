@@ -1,10 +1,10 @@
-"""What the scripts that use a finished model share: its settings, loading it, and sampling from it."""
+"""What the scripts that use a finished model share: its settings, loading it, and how answers are drawn."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from chatglm_tokenizer.tokenization_chatglm import ChatGLMTokenizer
+from generation.sampling import Sampling
 from stage import ROOT, StageConfig, require
 from training import checkpoint
 from training.runtime import choose_device
@@ -20,7 +20,11 @@ class InferenceConfig(StageConfig):
     temperature: float = 0.0  # 0 总取最可能的 token；越大越随机
     top_k: int | None = None  # 只在最可能的 k 个里抽样
     top_p: float | None = None  # 只在累计概率达到 p 的最可能的几个里抽样
+    min_p: float | None = None  # 不取概率低于最可能者 min_p 倍的 token
     repetition_penalty: float = 1.0  # 大于 1 抑制重复
+    presence_penalty: float = 0.0  # 大于 0：回答里出现过的 token 不易再出现
+    frequency_penalty: float = 0.0  # 大于 0：出现越多次越不易再出现
+    stop: tuple[str, ...] = ()  # 生成到这些字符串之前为止
     seed: int | None = None  # 抽样的随机种子
     INPUT = "model"
 
@@ -35,18 +39,25 @@ class InferenceConfig(StageConfig):
         )
         require(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "至少为 1")
         require(self.top_p is None or 0 < self.top_p <= 1, "top_p", self.top_p, "在 0 与 1 之间")
+        require(self.min_p is None or 0 <= self.min_p <= 1, "min_p", self.min_p, "在 0 与 1 之间")
+        for name in ("presence_penalty", "frequency_penalty"):
+            require(abs(getattr(self, name)) <= 100, name, getattr(self, name), "在 -100 与 100 之间")
+        require(all(self.stop), "stop", self.stop, "不能有空字符串")
         require(self.seed is None or 0 <= self.seed < 2**31, "seed", self.seed, "在 0 与 2147483647 之间")
 
-    def sampling(self, tokenizer: ChatGLMTokenizer) -> dict[str, Any]:
-        """Arguments of `Transformer.generate`."""
-        return dict(
+    def sampling(self) -> Sampling:
+        """How answers are drawn."""
+        return Sampling(
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
             top_k=self.top_k,
             top_p=self.top_p,
+            min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
             seed=self.seed,
-            stop_ids=[tokenizer.special_tokens["<eos>"]],
+            stop=self.stop,
         )
 
     def load(self) -> checkpoint.Checkpoint:

@@ -1,0 +1,1 @@
+"""Models from and for other programs: Hugging Face folders and other formats."""

@@ -1,0 +1,1 @@
+"""Generating text with a model: cache, sampling, batches that requests join and leave, streaming."""

@@ -12,6 +12,7 @@ those cuts to the whole, make it reachable.
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Literal
@@ -117,18 +118,29 @@ def scored(pieces: Sequence[str], lowest: float) -> Iterator[tuple[str, float, i
 
 
 def cuts(content: bytes, pieces: Sequence[str], first: int) -> dict[str, list[str]]:
-    """Those pieces, with ids from `first` on, that their own text does not give: what it is cut into instead.
+    """Those of the pieces (ids from `first` on) that their own text does not give, and what it is cut into.
 
     A piece that some text gives is given by its own text too: what surrounds it took no part in its merges.
     """
     sp = sentencepiece.SentencePieceProcessor(model_proto=without_prefix(content))
     texts = [piece.replace("▁", " ") for piece in pieces]
-    found = {}
-    for i, (piece, text, ids) in enumerate(zip(pieces, texts, sp.encode(texts), strict=True)):
-        if ids != [first + i]:
-            parts = sp.encode(text, out_type="immutable_proto").pieces
-            found[piece] = [part.surface.replace(" ", "▁") for part in parts if part.surface]
-    return found
+    rows = sp.encode(texts)
+    cut = [i for i, ids in enumerate(rows) if ids != [first + i]]
+    return {pieces[i]: parts_of(sp, rows[i]) for i in cut}
+
+
+def parts_of(sp: sentencepiece.SentencePieceProcessor, ids: Sequence[int]) -> list[str]:
+    """The texts of ids; a character that is spelt in bytes is one text."""
+    parts, spelt = [], b""
+    for i in ids:
+        if sp.is_byte(i):
+            spelt += bytes([int(sp.id_to_piece(i)[3:5], 16)])  # <0xE4>
+            with suppress(UnicodeDecodeError):
+                parts.append(spelt.decode())
+                spelt = b""
+        else:
+            parts.append(sp.id_to_piece(i))
+    return parts
 
 
 def bridges_over(parts: Sequence[str]) -> list[str]:

@@ -1,10 +1,10 @@
 """Checkpoints that no run wrote: weights, shape and vocabulary, nothing to resume (training/checkpoint.py).
 
-    model.safetensors        weights (a tied matrix once)
-    config.json              ModelArgs
-    train_config.json        the settings of the script that made it
-    tokenizer.model, ...     the vocabulary
-    checksums.json           xxh3-128 of every other file
+model.safetensors        weights (a tied matrix once)
+config.json              ModelArgs
+train_config.json        the settings of the script that made it
+tokenizer.model, ...     the vocabulary
+checksums.json           xxh3-128 of every other file
 """
 
 from collections.abc import Mapping

@@ -38,7 +38,9 @@ def add_rows(
     return grown, replace(args, vocab_size=rows + len(subtokens))
 
 
-def with_rows(table: Tensor, subtokens: Sequence[Sequence[int]], how: NewRows, rng: torch.Generator) -> Tensor:
+def with_rows(
+    table: Tensor, subtokens: Sequence[Sequence[int]], how: NewRows, rng: torch.Generator
+) -> Tensor:
     """A table (V, C) with the rows of new tokens behind it, (V + new, C), in its own dtype."""
     count, old = len(subtokens), table.float()
     if how == "subtokens":

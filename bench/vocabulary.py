@@ -165,11 +165,9 @@ def learn(cfg: Config, folder: Path, base: ChatGLMTokenizer, extra, domain: dict
         marks = {cfg.steps // 4, cfg.steps // 2, cfg.steps}
         fit(start, tokens, cfg.steps, found, marks, lambda m, t=tokenizer, h=held_out: bits_per_byte(m, t, h))
         results[way] = found
-        print(
-            f"{way}：每字节比特数 {'  '.join(f'{x:.3f}' for x in found)}（第 0、{'、'.join(map(str, sorted(marks)))} 步；"
-            f"{len(tokens):,} 个 token 可用；{time.perf_counter() - begin:.0f} 秒）",
-            flush=True,
-        )
+        figures = "  ".join(f"{value:.3f}" for value in found)
+        seconds = time.perf_counter() - begin
+        print(f"{way}：第 0、{sorted(marks)} 步的每字节比特数 {figures}（{seconds:.0f} 秒）", flush=True)
     return results
 
 

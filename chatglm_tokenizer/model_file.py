@@ -1,15 +1,17 @@
-"""What a SentencePiece model file says, read without protobuf's own library.
+"""What a SentencePiece model file says, and the same file with more pieces, without protobuf's own library.
 
 The file is a protocol buffer (https://protobuf.dev/programming-guides/encoding/); the field numbers are those of
 sentencepiece_model.proto (https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto).
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of pieces
 BPE = 2
+VOCAB_SIZE = 4  # field of the trainer's settings
+SELF_TEST = 4  # field of the model
 
 
 @dataclass
@@ -69,10 +71,61 @@ def read_model(content: bytes) -> ModelFile:
     return model
 
 
+def append_pieces(content: bytes, pieces: Sequence[tuple[str, float, int]]) -> bytes:
+    """The model with more pieces (text, score, kind) behind its own; all the rest byte for byte as it was.
+
+    Only `trainer_spec.vocab_size` counts the new pieces too, and samples of a self test are left out: they say
+    how the old pieces encode them, and SentencePiece refuses a model that encodes them otherwise.
+    """
+    own, rest, count = [], [], sum(number == 1 for number, _, _ in _raw_fields(content)) + len(pieces)
+    for number, value, raw in _raw_fields(content):
+        if number == 2:
+            trainer = b"".join(kept for n, _, kept in _raw_fields(value) if n != VOCAB_SIZE)
+            raw = _message(2, trainer + _integer(VOCAB_SIZE, count))
+        if number != SELF_TEST:
+            (own if number == 1 else rest).append(raw)
+    return b"".join([*own, *(_message(1, _piece(*piece)) for piece in pieces), *rest])
+
+
+def without_prefix(content: bytes) -> bytes:
+    """The model that encodes a text as it stands, with no "▁" before it and all its spaces.
+
+    Of a message that occurs twice the later fields win, so they are just put behind.
+    """
+    return content + _message(3, _integer(3, 0) + _integer(4, 0))
+
+
+def _piece(text: str, score: float, kind: int) -> bytes:
+    body = _message(1, text.encode()) + b"\x15" + struct.pack("<f", score)  # 0x15: field 2, four bytes
+    return body if kind == NORMAL else body + _integer(3, kind)
+
+
+def _message(number: int, body: bytes) -> bytes:
+    return _to_varint(number << 3 | 2) + _to_varint(len(body)) + body
+
+
+def _integer(number: int, value: int) -> bytes:
+    return _to_varint(number << 3) + _to_varint(value)
+
+
+def _to_varint(value: int) -> bytes:
+    out = bytearray()
+    while value >= 0x80:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*out, value])
+
+
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
     """The fields of a message in order: number, and an integer or the raw bytes."""
+    return ((number, value) for number, value, _ in _raw_fields(message))
+
+
+def _raw_fields(message: bytes) -> Iterator[tuple[int, int | bytes, bytes]]:
+    """The same, each with all its bytes: tag, length and value."""
     position = 0
     while position < len(message):
+        start = position
         tag, position = _varint(message, position)
         wire_type = tag & 7
         if wire_type == 0:
@@ -83,7 +136,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
             )
             value = message[position : position + size]
             position += size
-        yield tag >> 3, value
+        yield tag >> 3, value, message[start:position]
 
 
 def _varint(message: bytes, position: int) -> tuple[int, int]:

@@ -6,7 +6,7 @@ python eval_pretrain.py --text held_out.jsonl
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +59,11 @@ def main(cfg: Config) -> None:
             f"{cfg.text}：{figures['documents']:,} 篇，{figures['tokens']:,} 个 token，"
             f"损失 {figures['loss']:.4f}，困惑度 {figures['perplexity']:.2f}，每字节 {figures['bpb']:.4f} 比特"
         )
+        if cfg.quantise:
+            exact = replace(cfg, quantise=None).load()
+            before = perplexity(cfg.text, exact.model, exact.tokenizer)["perplexity"]
+            change = figures["perplexity"] / before - 1
+            print(f"量化（{cfg.quantise}）前的困惑度 {before:.2f}，量化后变化 {change:+.2%}")
 
 
 def continue_prompts(cfg: Config, model: Transformer, tokenizer: ChatGLMTokenizer) -> None:

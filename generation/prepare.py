@@ -22,7 +22,7 @@ GROUP = (
 )
 # The kernels read whole blocks, beyond the end of a matrix that is no multiple of them: zeros fill it up.
 BLOCK = 64  # outputs; of inputs it is GROUP
-FEW = 16  # rows up to which the kernels for quantised weights beat unpacking the weights for a matrix product
+FEW = 32  # rows up to which the kernels for quantised weights beat unpacking the weights for a matrix product
 
 
 class HeadLinear(nn.Module):

@@ -1,9 +1,7 @@
 """Adapters: they learn, resume, merge and travel; peft itself loads them onto the exported model."""
 
 import json
-import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,15 +10,18 @@ from conftest import script, torchrun
 from hf_folders import write_llama, write_tokenizer
 from safetensors.torch import load_file, save_file
 
+import merge
+import pretrain
+import sft
 from exchange.hf_config import hf_from_args
 from exchange.hf_weights import to_hf
 from model import ModelArgs, Transformer
 from sources.sft_csv import write_sft_csv
-from stage import StageConfig, UserError
-from training import adapter_files, checkpoint
+from stage import StageConfig, UserError, parse
+from training import checkpoint
+from training.log import read_log
 from training.lora import LoraConfig, prepare, targets_of
 from training.runtime import Runtime
-from training.log import read_log
 
 peft = pytest.importorskip("peft")
 ALONE = Runtime(torch.device("cpu"), torch.float32)
@@ -28,10 +29,11 @@ FILES = {
     "adapter_model.safetensors", "adapter_config.json", "base.json", "optimizer.safetensors", "config.json",
     "train_config.json", "state.json", "checksums.json",
 }  # fmt: skip
+LAST = "step_00000008"
 ROWS = [
     {"prompt": f"{a}加{b}等于几？", "answer": f"{a}加{b}等于{a + b}。"} for a in range(8) for b in range(8)
 ]
-LORA = ["--lora", "--lora_rank", 4, "--lora_alpha", 8, "--lr", 5e-3]
+LORA = ["--lora", "--lora_rank", 4, "--lora_alpha", 8, "--lr", 2e-2]
 TOKENS = torch.randint(3, 300, (2, 40), generator=torch.Generator().manual_seed(1))
 
 
@@ -48,9 +50,12 @@ def own(tmp_path_factory, vocabulary) -> Path:
     out = tmp_path_factory.mktemp("own") / "base"
     torch.manual_seed(0)
     args = ModelArgs(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=2600, max_seq_len=64)
+    model = Transformer(args)
+    with torch.no_grad():  # of a trained model's size: a head that is frozen must be able to say something
+        model.tok_embeddings.weight *= 8
     writer = checkpoint.Writer(out, ALONE, keep_last=1)
     files = {"tokenizer.model": vocabulary.read_bytes()}
-    writer.save(0, Transformer(args), None, StageConfig(), files, {})
+    writer.save(0, model, None, StageConfig(), files, {})
     writer.wait()
     return out / "step_00000000"
 
@@ -64,16 +69,29 @@ def llama(tmp_path_factory) -> Path:
     return folder
 
 
-def tune(rows: Path, base: Path, out: Path, *options: object, steps: int = 12, ok: bool = True):
-    return script(
-        "sft.py", "--data", rows, "--init", base, "--out", out, "--batch", 16, "--max_steps", steps,
-        "--warmup", 0, "--valid_fraction", 0.1, "--log_every", 1, "--sample_every", 0, "--precision", "fp32",
-        "--device", "cpu", *options, ok=ok, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+def tune(rows: Path, base: Path, out: Path, *options: object, steps: int = 8) -> None:
+    """Run sft.py on a command line, in this process: starting another takes longer than the training."""
+    arguments = [
+        "--data", rows, "--init", base, "--out", out, "--batch", 16, "--max_steps", steps, "--warmup", 0,
+        "--valid_fraction", 0.1, "--log_every", 1, "--precision", "fp32", "--device", "cpu", *options,
+    ]  # fmt: skip
+    sft.main(parse(sft.Config, list(map(str, arguments))))
+
+
+def refused(rows: Path, base: Path, out: Path, *options: object) -> str:
+    """What the user is told."""
+    with pytest.raises(UserError) as error:
+        tune(rows, base, out, *options)
+    return str(error.value)
 
 
 def losses(out: Path) -> list[float]:
     return [row["loss"] for row in read_log(out / "log.jsonl") if "loss" in row]
+
+
+def merge_adapters(*arguments: object) -> None:
+    """Run merge.py on a command line, in this process."""
+    merge.main(parse(merge.Config, list(map(str, arguments))))
 
 
 def logits(model: torch.nn.Module, vocab: int) -> torch.Tensor:
@@ -117,7 +135,7 @@ def tuned(rows, own, llama, tmp_path_factory) -> dict[str, tuple[Path, Path]]:
 @pytest.mark.parametrize("name", ["own-lora", "own-full", "llama-lora", "llama-full", "own-embed"])
 def test_the_loss_falls(tuned, name) -> None:
     found = losses(tuned[name][1])
-    assert found[-1] < 0.85 * found[0]
+    assert found[-1] < 0.93 * found[0]
 
 
 def test_a_step_holds_the_adapters_alone(tuned, own) -> None:
@@ -157,7 +175,7 @@ def test_merged_is_what_was_trained(tuned, name, tmp_path) -> None:
     prepare(model, cfg, ALONE, base)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     checkpoint.restore(folder, model, optimizer)
-    script("merge.py", "--adapters", out, "--out", tmp_path / "merged")
+    merge_adapters("--adapters", out, "--out", tmp_path / "merged")
     merged = checkpoint.load(tmp_path / "merged")
     vocab = model.args.vocab_size
     assert (logits(model, vocab) - logits(merged.model, vocab)).abs().max() < 1e-5
@@ -167,32 +185,37 @@ def test_merged_is_what_was_trained(tuned, name, tmp_path) -> None:
     assert merged.tokenizer.sha256 == checkpoint.load(base).tokenizer.sha256
 
 
-def test_a_resumed_run_has_the_same_bits(tuned, rows, own, tmp_path) -> None:
-    options = [*LORA, "--lora_dropout", 0.1, "--neftune", 5, "--save_every", 5]
-    tune(rows, own, tmp_path / "one", *options)
-    tune(rows, own, tmp_path / "two", *options, "--keep_last", 9)
-    shutil.rmtree(tmp_path / "two" / "step_00000012")
-    again = tune(rows, own, tmp_path / "two", *options, "--resume")
-    assert "从第 10 步开始" in again.stdout
+def resumed_in_the_middle(rows: Path, base: Path, folder: Path, *options: object) -> None:
+    """A run of 8 steps, and one that lost what came after the fourth, end with the same bits."""
+    options = (*options, "--save_every", 4, "--keep_last", 9)
+    tune(rows, base, folder / "one", *options)
+    shutil.copytree(folder / "one", folder / "two")
+    shutil.rmtree(folder / "two" / LAST)
+    tune(rows, base, folder / "two", *options, "--resume")
     for name in ("adapter_model.safetensors", "optimizer.safetensors"):
-        one, two = (load_file(tmp_path / run / "step_00000012" / name) for run in ("one", "two"))
+        one, two = (load_file(folder / run / LAST / name) for run in ("one", "two"))
         assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_a_resumed_run_has_the_same_bits(rows, own, tmp_path, capsys) -> None:
+    resumed_in_the_middle(rows, own, tmp_path, *LORA, "--lora_dropout", 0.1, "--neftune", 5, "--lora_embed")
+    assert "从第 4 步开始" in capsys.readouterr().out
 
 
 def test_a_run_goes_on_with_what_it_began_with(tuned, rows, own, llama, tmp_path) -> None:
     out = tmp_path / "run"
     shutil.copytree(tuned["own-lora"][1], out)
-    assert "全部权重" in tune(rows, own, tuned["own-full"][1], *LORA, "--resume", ok=False).stderr
-    assert "--lora" in tune(rows, own, out, "--resume", ok=False).stderr
-    assert "lora_alpha" in tune(rows, own, out, *LORA, "--lora_alpha", 4, "--resume", ok=False).stderr
+    assert "全部权重" in refused(rows, own, tuned["own-full"][1], *LORA, "--resume")
+    assert "--lora" in refused(rows, own, out, "--resume")
+    assert "lora_alpha" in refused(rows, own, out, *LORA, "--lora_alpha", 4, "--resume")
     other = tmp_path / "other"
     shutil.copytree(own, other)
     weights = load_file(other / "model.safetensors")
     weights["norm.weight"] += 1
     save_file(weights, other / "model.safetensors")
     (other / "checksums.json").unlink()
-    assert "另一个模型" in tune(rows, other, out, *LORA, "--resume", ok=False).stderr
-    assert {f.name for f in out.glob("step_*")} == {"step_00000012"}  # nothing was set aside as damaged
+    assert "另一个模型" in refused(rows, other, out, *LORA, "--resume")
+    assert {f.name for f in out.glob("step_*")} == {"step_00000008"}  # nothing was set aside as damaged
 
 
 def test_several_adapters_add_up(tuned, tmp_path) -> None:
@@ -200,13 +223,15 @@ def test_several_adapters_add_up(tuned, tmp_path) -> None:
     second = tuned["own-embed"][1]
     before = checkpoint.load(base).model.state_dict()
     one, two = (checkpoint.load(run).model.state_dict() for run in (out, second))
-    script("merge.py", "--adapters", out, second, "--weights", 0.7, 0.3, "--out", tmp_path / "both")
+    merge_adapters("--adapters", out, second, "--weights", 0.7, 0.3, "--out", tmp_path / "both")
     both = checkpoint.load(tmp_path / "both").model.state_dict()
     for name, value in both.items():
         expected = before[name] + 0.7 * (one[name] - before[name]) + 0.3 * (two[name] - before[name])
         assert torch.allclose(value, expected, atol=1e-6)
-    assert "一一对应" in script("merge.py", "--adapters", out, "--weights", 1, 2, ok=False).stderr
-    assert "没有适配器" in script("merge.py", "--adapters", base, "--out", tmp_path / "n", ok=False).stderr
+    with pytest.raises(UserError, match="一一对应"):
+        merge_adapters("--adapters", out, "--weights", 1, 2)
+    with pytest.raises(UserError, match="没有适配器"):
+        merge_adapters("--adapters", base, "--out", tmp_path / "n")
 
 
 def test_adapters_of_others_merge_and_a_tied_matrix_is_not_torn(own, tmp_path) -> None:
@@ -230,28 +255,23 @@ def test_adapters_of_others_merge_and_a_tied_matrix_is_not_torn(own, tmp_path) -
         rank_pattern={"q_proj": 2},
         alpha_pattern={"q_proj": 9},
     )
-    script("merge.py", "--adapters", plain, "--base", own, "--out", tmp_path / "merged")
+    merge_adapters("--adapters", plain, "--base", own, "--out", tmp_path / "merged")
     merged = checkpoint.load(tmp_path / "merged").model
     assert (logits(merged, 2600) - logits(in_peft(hf, plain), 2600)).abs().max() < 1e-4
 
     torn = foreign(tmp_path / "b", ["q_proj", "embed_tokens", "lm_head"])
-    failed = script("merge.py", "--adapters", torn, "--base", own, "--out", tmp_path / "x", ok=False)
-    assert "--untie" in failed.stderr
-    script("merge.py", "--adapters", torn, "--base", own, "--untie", "--out", tmp_path / "untied")
+    with pytest.raises(UserError, match="--untie"):
+        merge_adapters("--adapters", torn, "--base", own, "--out", tmp_path / "x")
+    merge_adapters("--adapters", torn, "--base", own, "--untie", "--out", tmp_path / "untied")
     untied = checkpoint.load(tmp_path / "untied").model
     assert not untied.args.tie_embeddings
     assert (logits(untied, 2600) - logits(in_peft(hf, torn), 2600)).abs().max() < 1e-4
 
 
-def test_answers_come_from_the_adapters(tuned, tmp_path) -> None:
+def test_answers_come_from_the_adapters(tuned) -> None:
     out = tuned["own-lora"][1]
-    questions = ["--questions", "1加1等于几？", "--max_new_tokens", 4]
-    script("merge.py", "--adapters", out, "--out", tmp_path / "merged")
-    answers = [
-        script("eval.py", "--model", m, *questions).stdout.split("\n", 1)[1]
-        for m in (out, tmp_path / "merged")
-    ]
-    assert answers[0] == answers[1]
+    answered = script("eval.py", "--model", out, "--questions", "1加1等于几？", "--max_new_tokens", 4).stdout
+    assert str(checkpoint.find(out)) in answered and "1加1等于几？" in answered
 
 
 def test_a_base_that_moved_or_changed_is_noticed(tuned, own, tmp_path) -> None:
@@ -285,7 +305,8 @@ def test_settings_that_cannot_work() -> None:
         cfg = LoraConfig(qlora=True)
         cfg.shard = True
         cfg.check()
-    assert "--init" in script("pretrain.py", "--lora", ok=False).stderr
+    with pytest.raises(UserError, match="--init"):
+        parse(pretrain.Config, ["--lora", "--data", __file__])
 
 
 def test_the_last_layers_alone(rows, own, tmp_path) -> None:
@@ -313,7 +334,7 @@ def test_noise_is_of_the_paper_s_size_and_in_training_alone(own, tmp_path) -> No
 @pytest.mark.parametrize("options", [[], ["--shard"]])
 def test_two_processes_train_the_same_adapters(tuned, rows, own, tmp_path, options) -> None:
     torchrun(
-        2, "sft.py", "--data", rows, "--init", own, "--out", tmp_path, "--batch", 16, "--max_steps", 12,
+        2, "sft.py", "--data", rows, "--init", own, "--out", tmp_path, "--batch", 16, "--max_steps", 8,
         "--warmup", 0, "--valid_fraction", 0.1, "--sample_every", 0, "--precision", "fp32", "--device", "cpu",
         *LORA, *options,
     )  # fmt: skip
@@ -327,22 +348,25 @@ def test_two_processes_train_the_same_adapters(tuned, rows, own, tmp_path, optio
     assert checkpoint.load(tmp_path).model.num_params() > 0
 
 
-def test_continued_pretraining_with_adapters(own, tokens, tmp_path) -> None:
-    done = script(
-        "pretrain.py", "--init", own, "--data", tokens, "--valid", tokens.parent / "valid.bin", "--out", tmp_path,
+def test_continued_pretraining_with_adapters(own, tokens, tmp_path, capsys) -> None:
+    arguments = [
+        "--init", own, "--data", tokens, "--valid", tokens.parent / "valid.bin", "--out", tmp_path,
         "--lora", "--lora_embed", "--max_steps", 8, "--batch_tokens", 1024, "--micro_batch", 16, "--eval_tokens", 2000,
-        "--precision", "fp32", "--lr", 3e-3, "--warmup", 0, "--log_every", 1,
-    )  # fmt: skip
-    assert "训练其中" in done.stdout
+        "--precision", "fp32", "--lr", 3e-3, "--warmup", 0, "--log_every", 1, "--sample_every", 0,
+    ]  # fmt: skip
+    pretrain.main(parse(pretrain.Config, list(map(str, arguments))))
+    assert "训练其中" in capsys.readouterr().out
     assert losses(tmp_path)[-1] < losses(tmp_path)[0] - 0.3
     merged = checkpoint.load(tmp_path).model
     assert merged.output.weight is merged.tok_embeddings.weight
 
 
-def test_four_bit_weights_train(tuned, rows, own, llama, tmp_path) -> None:
+def test_four_bit_weights_train(tuned, rows, llama, tmp_path, capsys) -> None:
     pytest.importorskip("bitsandbytes")
-    done = tune(rows, llama, tmp_path / "q", "--qlora", *LORA[1:])
-    assert losses(tmp_path / "q")[-1] < 0.85 * losses(tmp_path / "q")[0]
-    assert "训练其中" in done.stdout
-    shutil.rmtree(tmp_path / "q" / "step_00000012") if False else None
-    assert checkpoint.load(tmp_path / "q").model.num_params() == checkpoint.load(llama).model.num_params()
+    resumed_in_the_middle(rows, llama, tmp_path, "--qlora", *LORA[1:])
+    q, plain = losses(tmp_path / "one"), losses(tuned["llama-lora"][1])
+    assert q[-1] < 0.93 * q[0]
+    assert 0 < abs(q[0] - plain[0]) < 0.1  # rounded to four bits, and hardly worse for it
+    printed = capsys.readouterr().out
+    assert "训练其中" in printed
+    assert checkpoint.load(tmp_path / "one").model.num_params() == checkpoint.load(llama).model.num_params()

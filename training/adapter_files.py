@@ -1,6 +1,6 @@
 """Adapters (LoRA, https://arxiv.org/abs/2106.09685) in peft's own files, and what they make of the base's weights.
 
-    adapter_model.safetensors   base_model.model.<module>.lora_A.weight (r, in), lora_B.weight (out, r), and whole matrices
+    adapter_model.safetensors   lora_A (r, in) and lora_B (out, r) of each module, and whole matrices trained with them
     adapter_config.json         peft's settings
     base.json                   where the base is, and the checksum of its weights
 
@@ -99,6 +99,8 @@ def to_file(weights: dict[str, Tensor], args: ModelArgs) -> dict[str, Tensor]:
         whole = value.full_tensor() if isinstance(value, DTensor) else value
         heads = heads_of(name, args)
         found[file_name(name)] = permute(whole, heads) if heads else whole
+    if args.tie_embeddings and "tok_embeddings.weight" in weights:  # peft looks for both, and ties them again
+        found[file_name("output.weight")] = found[file_name("tok_embeddings.weight")].clone()
     return found
 
 

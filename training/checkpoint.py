@@ -79,7 +79,7 @@ def restore(folder: Path, model: Transformer, optimizer: torch.optim.Optimizer) 
 
 
 def open_verified(folder: Path, kind: str) -> tuple[tuple[TensorFiles, TensorFiles], dict, state.Numbers]:
-    """A checkpoint's weights (`kind`.safetensors) and optimizer, counters and numbers; each process verifies a share."""
+    """Weights (`kind`) and optimizer of a checkpoint, counters and numbers; each process verifies a share of files."""
     if not folder.is_dir():
         raise UserError(f"找不到 {folder}：--out 要放在所有机器共享的文件系统上。")
     if not (folder / CHECKSUMS).is_file():

@@ -15,6 +15,7 @@ import pretrain
 import sft
 from exchange.hf_config import hf_from_args
 from exchange.hf_weights import to_hf
+from loss import cross_entropy
 from model import ModelArgs, Transformer
 from sources.sft_csv import write_sft_csv
 from stage import StageConfig, UserError, parse
@@ -370,3 +371,17 @@ def test_four_bit_weights_train(tuned, rows, llama, tmp_path, capsys) -> None:
     printed = capsys.readouterr().out
     assert "训练其中" in printed
     assert checkpoint.load(tmp_path / "one").model.num_params() == checkpoint.load(llama).model.num_params()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frozen_head_gets_no_gradient_and_passes_on_the_same(dtype) -> None:
+    torch.manual_seed(0)
+    weight, targets = torch.randn(1500, 16), torch.randint(1500, (700,))
+    found = []
+    for is_trained in (True, False):
+        x = torch.randn(700, 16, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_(True)
+        head = weight.to(dtype, copy=True).requires_grad_(is_trained)
+        cross_entropy(x, head, targets).backward()
+        assert (head.grad is not None) == is_trained
+        found.append(x.grad)
+    assert torch.equal(*found)

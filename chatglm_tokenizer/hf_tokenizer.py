@@ -19,17 +19,15 @@ import numpy as np
 from chatglm_tokenizer.base import NotText, Tokenizer, check_surrogates
 from stage import UserError
 
-PRIVATE = map(chr, range(0xE000, 0xF8FF))  # characters without a meaning (Unicode's private use area)
-MARKS = tuple(PRIVATE)
+MARKS = tuple(map(chr, range(0xE000, 0xF900)))  # characters without a meaning (Unicode's private use area)
 
 
 class HFTokenizer(Tokenizer):
     """Text <-> ids over a tokenizer.json and what lies beside it."""
 
-    def __init__(self, folder: str | Path):
-        """UserError if there is no usable tokenizer.json, or nothing says which token ends a text."""
-        self.vocab_file = folder = Path(folder)
-        content = (folder / "tokenizer.json").read_bytes()
+    def __init__(self, folder: Path, content: bytes):
+        """content: of the tokenizer.json. UserError if it is unusable, or nothing says which token ends a text."""
+        self.vocab_file = folder
         self.sha256 = hashlib.sha256(content).hexdigest()
         self.tokenizer = read_tokenizer(folder, content)
         self.settings = read_settings(folder)
@@ -134,7 +132,8 @@ class HFTokenizer(Tokenizer):
     def bytes_per_token(self) -> np.ndarray:
         """UTF-8 bytes that each id stands for, (vocab_size,) int64; none of a control token."""
         sizes = np.zeros(self.vocab_size, dtype=np.int64)
-        byte_level = '"ByteLevel"' in str(self.tokenizer.decoder.__getstate__())
+        decoder = self.tokenizer.decoder
+        byte_level = decoder is not None and b'"ByteLevel"' in decoder.__getstate__()
         for piece, i in self.tokenizer.get_vocab(with_added_tokens=False).items():
             if byte_level:  # a character stands for a byte
                 sizes[i] = len(piece)

@@ -26,9 +26,10 @@ NAMES = {
     "rope_scaling": "rope_scaling",
     "tie_embeddings": "tie_word_embeddings",
 }
-# What transformers assumes where a config.json is silent.
+# What transformers assumes of a Llama where a config.json is silent; of a Mistral it assumes other sizes.
 DEFAULTS = {"norm_eps": 1e-6, "max_seq_len": 2048, "rope_theta": 10000.0, "tie_embeddings": False}
-REQUIRED = ("dim", "n_layers", "n_heads", "vocab_size", "hidden_dim")
+REQUIRED = {"llama": ("dim", "n_layers", "n_heads", "vocab_size", "hidden_dim")}
+REQUIRED["mistral"] = (*REQUIRED["llama"], "n_kv_heads", "max_seq_len")
 
 
 def args_from_hf(config: dict[str, Any], where: Path) -> ModelArgs:
@@ -38,11 +39,10 @@ def args_from_hf(config: dict[str, Any], where: Path) -> ModelArgs:
     """
     check_supported(config, where)
     config = {**config, **rope_of(config)}
-    if missing := [NAMES[name] for name in REQUIRED if config.get(NAMES[name]) is None]:
+    required = REQUIRED[config["model_type"]]
+    if missing := [NAMES[name] for name in required if config.get(NAMES[name]) is None]:
         raise UserError(f"{where} 的 config.json 缺少 {'、'.join(missing)}。")
     shape = {ours: config[theirs] for ours, theirs in NAMES.items() if config.get(theirs) is not None}
-    if config["model_type"] == "mistral":
-        shape.setdefault("n_kv_heads", 8)
     try:
         return ModelArgs(**DEFAULTS | shape)
     except (ValueError, TypeError, ArithmeticError) as error:
@@ -63,14 +63,12 @@ def rope_of(config: dict[str, Any]) -> dict[str, Any]:
 def check_supported(config: dict[str, Any], where: Path) -> None:
     """Raise UserError for a model that computes something else than model.py."""
     kind = config.get("model_type")
-    window = config.get("sliding_window")
+    window = config.get("sliding_window", 4096) if kind == "mistral" else None
     length = config.get("max_position_embeddings") or DEFAULTS["max_seq_len"]
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     reasons = {
         f"model_type 是 {kind}，只支持 llama 和 mistral": kind not in ("llama", "mistral"),
-        f"sliding_window 是 {window}，不支持滑动窗口注意力": (
-            kind == "mistral" and window is not None and window < length
-        ),
+        f"sliding_window 是 {window}，不支持滑动窗口注意力": (window is not None and window < length),
         "注意力层有偏置（attention_bias）": config.get("attention_bias"),
         "前馈层有偏置（mlp_bias）": config.get("mlp_bias"),
         f"激活函数是 {config.get('hidden_act')}，只支持 silu": (

@@ -1,10 +1,12 @@
 """Dialogues of models with a chat template: the ids are transformers', only answers bear loss, text stays text."""
 
+import json
+import shutil
 from datetime import datetime
 from pathlib import Path
 
 import pytest
-from hf_folders import KINDS, L3_NAMES, LLAMA3, write_tokenizer
+from hf_folders import KINDS, L3_NAMES, LLAMA2, LLAMA3, write_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +15,7 @@ from chatglm_tokenizer.chat_template import render
 from chatglm_tokenizer.hf_tokenizer import HFTokenizer
 from chatglm_tokenizer.load import load_tokenizer
 from chatglm_tokenizer.tokenization_chatglm import ChatGLMTokenizer
+from exchange.hf_tokenizer_file import write_tokenizer as write_export
 
 LONG = 100_000
 SYSTEM = {"role": "system", "content": "你是医生。 "}
@@ -226,11 +229,10 @@ def test_our_format_as_jinja_gives_the_text_between_the_same_tokens(vocabulary: 
 
 def test_the_exported_tokenizer_gives_the_ids_of_our_chat_format(vocabulary: Path, tmp_path: Path) -> None:
     """The whole way: export a checkpoint's vocabulary, let transformers render and tokenise."""
-    export = pytest.importorskip("exchange.hf_tokenizer_file")
     from transformers import AutoTokenizer
 
     ours = ChatGLMTokenizer(vocabulary)
-    export.write_tokenizer(tmp_path, ours, ours.vocab_size, 512, CHAT_TEMPLATE)
+    write_export(tmp_path, ours, ours.vocab_size, 512, CHAT_TEMPLATE)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     systems = ([], [SYSTEM], [{"role": "system", "content": " two  spaces \n"}])
     questions = ("感冒了怎么办？", " leading", "two  ", "\nline")
@@ -246,6 +248,23 @@ def test_the_exported_tokenizer_gives_the_ids_of_our_chat_format(vocabulary: Pat
     (tmp_path / "tokenizer.model").unlink()
     imported = load_tokenizer(tmp_path)
     assert encode_chat([SYSTEM, *DIALOGUE], imported, LONG) == encode_chat([SYSTEM, *DIALOGUE], ours, LONG)
+
+
+def test_a_folder_with_a_sentencepiece_model_and_a_template(vocabulary: Path, tmp_path: Path) -> None:
+    """Llama 2's older folders: no tokenizer.json, and a template that names control tokens."""
+    shutil.copy(vocabulary, tmp_path / "tokenizer.model")
+    assert isinstance(load_tokenizer(tmp_path), ChatGLMTokenizer)
+    config = {"bos_token": {"content": "<s>"}, "eos_token": "</s>", "chat_template": LLAMA2}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours, plain = load_tokenizer(tmp_path), ChatGLMTokenizer(vocabulary)
+    ids, bears_loss = encode_chat(DIALOGUE[:2], ours, LONG)
+    text = "[INST] 感冒了怎么办？ [/INST] 多喝水，\n多休息。 "
+    assert ids == [1, *plain.encode(text), 2]
+    assert (
+        ours.decode([i for i, bears in zip(ids, bears_loss, strict=True) if bears]).strip()
+        == "多喝水，\n多休息。"
+    )
+    assert ours.encode("a <s> b</s>") == plain.encode("a <s> b</s>")
 
 
 def test_a_checkpoint_without_template_keeps_our_format(tokenizers) -> None:

@@ -126,7 +126,7 @@ def test_in_the_background_the_state_of_the_call_is_written(tmp_path, monkeypatc
     may_write, write = threading.Event(), checkpoint.Writer.write
     monkeypatch.setattr(checkpoint.Writer, "write", lambda *a: may_write.wait(30) and write(*a))
     writer = checkpoint.Writer(tmp_path, ALONE, keep_last=2, in_background=True)
-    writer.save(3, model, optimizer, StageConfig(), b"", {})
+    writer.save(3, model, optimizer, StageConfig(), {}, {})
     assert not checkpoint.list_steps(tmp_path)  # save has returned before anything was written
     go_on(model, optimizer, range(3, 5))
     may_write.set()
@@ -134,8 +134,8 @@ def test_in_the_background_the_state_of_the_call_is_written(tmp_path, monkeypatc
     found = checkpoint.read_weights(tmp_path / "step_00000003")
     assert all(torch.equal(value, expected[name]) for name, value in found.items())
     buffers = {name: buffer.data_ptr() for name, buffer in writer.buffers.items()}
-    writer.save(5, model, optimizer, StageConfig(), b"", {})
-    writer.save(6, model, optimizer, StageConfig(), b"", {})  # waits for the one before
+    writer.save(5, model, optimizer, StageConfig(), {}, {})
+    writer.save(6, model, optimizer, StageConfig(), {}, {})  # waits for the one before
     assert (tmp_path / "step_00000005").is_dir()
     writer.wait()
     assert {name: buffer.data_ptr() for name, buffer in writer.buffers.items()} == buffers
@@ -151,7 +151,7 @@ def test_a_write_that_fails_in_the_background_is_reported_and_the_old_one_stays(
         resource.RLIMIT_FSIZE, (5000, hard)
     )  # from here on, every larger file fails like a full disk
     try:
-        writer.save(4, model, optimizer, StageConfig(), b"", {})
+        writer.save(4, model, optimizer, StageConfig(), {}, {})
         writer.thread.join()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -159,10 +159,10 @@ def test_a_write_that_fails_in_the_background_is_reported_and_the_old_one_stays(
         if call == "wait":
             writer.wait()
         else:
-            writer.save(5, model, optimizer, StageConfig(), b"", {})
+            writer.save(5, model, optimizer, StageConfig(), {}, {})
     assert [f.name for f in tmp_path.iterdir()] == ["step_00000003"]
     checkpoint.restore(tmp_path / "step_00000003", *training())
-    writer.save(6, model, optimizer, StageConfig(), b"", {})  # reported once; then it goes on
+    writer.save(6, model, optimizer, StageConfig(), {}, {})  # reported once; then it goes on
     writer.wait()
     assert [f.name for f in tmp_path.iterdir()] == ["step_00000006"]
 

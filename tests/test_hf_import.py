@@ -127,8 +127,10 @@ def test_what_our_model_does_not_compute_is_refused(tmp_path: Path) -> None:
         dim=64, n_layers=1, n_heads=4, vocab_size=10, hidden_dim=96, norm_eps=1e-6, max_seq_len=2048,
         tie_embeddings=False,
     )  # fmt: skip
-    mistral = good | {"model_type": "mistral", "sliding_window": None, "num_key_value_heads": 2}
-    assert args_from_hf(mistral, tmp_path).n_kv_heads == 2
+    mistral = good | {"model_type": "mistral", "num_key_value_heads": 2, "max_position_embeddings": 8192}
+    assert args_from_hf(mistral | {"sliding_window": None}, tmp_path).n_kv_heads == 2
+    with pytest.raises(UserError, match="滑动窗口"):  # which a Mistral has unless it says otherwise
+        args_from_hf(mistral, tmp_path)
     bad = {
         "qwen2": {"model_type": "qwen2"},
         "attention_bias": {"attention_bias": True},

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,12 +15,14 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, script, torchrun
 from gradients_of_processes import fine_tuning
+from hf_folders import LLAMA2
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import dataset_sft_tokens
 from chatglm_tokenizer.chat import encode_chat
+from chatglm_tokenizer.load import load_tokenizer
 from chatglm_tokenizer.tokenization_chatglm import ChatGLMTokenizer
 from dataset_sft import SftBatches, collate, labelled_places, pack, round_for_processes, row_length
 from dataset_sft_tokens import load_samples, read_samples, to_messages
@@ -320,13 +323,18 @@ def test_tokens_are_made_once_and_mapped_after_that(csv, vocabulary, monkeypatch
     assert isinstance(again[0].ids.base, np.memmap)
 
 
-def test_what_tokens_depend_on_makes_new_ones_and_stale_ones_go(csv, vocabulary, monkeypatch) -> None:
+def test_what_tokens_depend_on_makes_new_ones_and_stale_ones_go(
+    csv, vocabulary, tmp_path, monkeypatch
+) -> None:
     tokenizer = ChatGLMTokenizer(vocabulary)
     load_samples(csv, tokenizer, 32, SetAside())
     load_samples(csv, tokenizer, 24, SetAside())
     assert len(caches(csv)) == 2  # both can be needed again
-    tokenizer.chat_template = "{{ another }}"
-    load_samples(csv, tokenizer, 24, SetAside())
+    (tmp_path / "hf").mkdir()
+    shutil.copy(vocabulary, tmp_path / "hf" / "tokenizer.model")
+    config = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": LLAMA2}
+    (tmp_path / "hf" / "tokenizer_config.json").write_text(json.dumps(config))
+    load_samples(csv, load_tokenizer(tmp_path / "hf"), 24, SetAside())
     assert len(caches(csv)) == 3
     monkeypatch.setattr(dataset_sft_tokens, "CODE", [Path(__file__)])
     load_samples(csv, tokenizer, 24, SetAside())

@@ -40,7 +40,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     ),
     # A trained model on new data: rates rise again, to a third of those it was trained with, and fall again, so that it
     # learns the new and forgets little of the old (https://arxiv.org/abs/2403.08763). AdamW, because that is what the
-    # published models were trained with: Muon then gains nothing, or loses (https://arxiv.org/abs/2502.16982, 3.5).
+    # published models were trained with: Muon then gains nothing, or loses (https://arxiv.org/abs/2502.16982 compares
+    # fine-tuning).
     "continued": dict(
         optimizer="adamw",
         lr=1e-4,

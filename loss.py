@@ -54,11 +54,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             is_mixed = torch.is_autocast_enabled(device.type)
             dtype = torch.get_autocast_dtype(device.type) if is_mixed else weight.dtype
             weight = F.pad(weight.to(dtype), (0, 0, 0, extra))  # (V + extra, C)
-        grads = (
-            (torch.zeros_like(x), torch.zeros_like(weight, dtype=x.dtype)) if with_gradients else (x, weight)
-        )
+        grad_x = torch.zeros_like(x) if with_gradients else x
+        is_trained = with_gradients and ctx.needs_input_grad[1]  # a frozen head, as of adapters, is not
+        grad_weight = torch.zeros_like(weight, dtype=x.dtype) if is_trained else None
         size = chunk_tokens(device.type, V)
-        for xs, ts, grad_xs in zip(x.split(size), targets.split(size), grads[0].split(size), strict=True):
+        for xs, ts, grad_xs in zip(x.split(size), targets.split(size), grad_x.split(size), strict=True):
             bears_loss, ts = ts[:, None] != IGNORE, ts[:, None].clamp(min=0)  # (n, 1), (n, 1)
             logits = F.linear(xs, weight)  # (n, V + extra)
             logits[:, V:] = -math.inf
@@ -68,13 +68,14 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 grad = log_p.exp_().scatter_add_(1, ts, log_p.new_full(ts.shape, -1)).mul_(bears_loss)
                 grad = grad.to(xs.dtype)
                 grad_xs.copy_(grad @ weight)
-                grads[1].add_(grad.T @ xs)
-        ctx.save_for_backward(grads[0], grads[1][:V])
+                if grad_weight is not None:
+                    grad_weight.add_(grad.T @ xs)
+        ctx.save_for_backward(grad_x, None if grad_weight is None else grad_weight[:V])
         return total
 
     @staticmethod
     def backward(ctx, grad_total: Tensor) -> tuple[Tensor | None, ...]:
-        return *(grad * grad_total for grad in ctx.saved_tensors), None, None
+        return *(None if grad is None else grad * grad_total for grad in ctx.saved_tensors), None, None
 
 
 class TiledCrossEntropy(torch.autograd.Function):
@@ -101,26 +102,28 @@ class TiledCrossEntropy(torch.autograd.Function):
                 right = found.where((place >= 0) & (place < len(tile)), right)
             total = ((lse - right) * bears_loss).sum()
             if with_gradients:
-                ctx.save_for_backward(*TiledCrossEntropy.gradients(xs, w, ts, bears_loss, lse, size))
+                parts = xs, w, ts, bears_loss, lse, size
+                ctx.save_for_backward(*TiledCrossEntropy.gradients(*parts, ctx.needs_input_grad[1]))
                 ctx.dtypes = x.dtype, weight.dtype
         return total
 
     @staticmethod
     def gradients(
-        xs: Tensor, w: Tensor, ts: Tensor, bears_loss: Tensor, lse: Tensor, size: int
-    ) -> tuple[Tensor, Tensor]:
-        """Of the sum, in fp32: of x (N, C) and of the weight (V, C). d loss / d logits = softmax - one-hot."""
+        xs: Tensor, w: Tensor, ts: Tensor, bears_loss: Tensor, lse: Tensor, size: int, is_trained: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Of the sum, in fp32: of x (N, C) and, if trained, weight (V, C): d loss / d logits = softmax - one-hot."""
         xs = xs * bears_loss[:, None]
         lse = lse.where(bears_loss, math.inf)[:, None]  # (N, 1); exp(logit - inf) = 0
-        grad_x, grad_w = torch.zeros(xs.shape), torch.empty(w.shape)
-        for tile, grad_tile in zip(w.split(size), grad_w.split(size), strict=True):
+        grad_x, grad_w = torch.zeros(xs.shape), torch.empty(w.shape if is_trained else (0, w.shape[1]))
+        for i, tile in enumerate(w.split(size)):
             p = F.linear(xs, tile).float().sub_(lse).exp_().bfloat16()  # (N, size)
             grad_x += p @ tile
-            grad_tile.copy_(p.T @ xs)
+            if is_trained:
+                grad_w[i * size : (i + 1) * size] = p.T @ xs
         grad_x -= w[ts] * bears_loss[:, None]
-        return grad_x, grad_w.index_add_(0, ts, -xs.float())
+        return grad_x, grad_w.index_add_(0, ts, -xs.float()) if is_trained else None
 
     @staticmethod
     def backward(ctx, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         grads = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return *((grad * grad_total).to(dtype) for grad, dtype in grads), None, None
+        return *(None if g is None else (g * grad_total).to(dtype) for g, dtype in grads), None, None

@@ -28,6 +28,7 @@ from training import runtime as rt
 from training.config import TrainConfig
 from training.context import ContextConfig, changed
 from training.loop import train
+from training.lora import LoraConfig, prepare, with_rate
 from training.mixture import Phase, whole_weights
 from training.recipes import choose_batch, settle
 
@@ -36,7 +37,7 @@ SAMPLES, PROMPT_TOKENS, SAMPLE_TOKENS = 3, 12, 40  # documents that are continue
 
 
 @dataclass
-class Config(ContextConfig, TrainConfig):
+class Config(LoraConfig, ContextConfig, TrainConfig):
     """预训练：token 文件 -> out/pretrain。"""
 
     data: tuple[Path, ...] = (ROOT / "data" / "pretrain_data.bin",)  # 一个或多个 token 文件
@@ -91,6 +92,10 @@ class Config(ContextConfig, TrainConfig):
 
     def check_init(self) -> None:
         """Raise UserError for a shape beside a model that has one."""
+        if not self.init and (self.adapts or self.train_layers or self.neftune):
+            raise UserError(
+                "--lora、--qlora、--train_layers 和 --neftune 用于已有的模型：请同时指定 --init。"
+            )
         given = [name for name in ("model", *SHAPE) if getattr(self, name) is not None and not self.demo]
         if self.init and given:
             raise UserError(f"--{given[0]} 不能与 --init 同用：模型的形状沿用 {self.init} 的。")
@@ -135,7 +140,7 @@ def main(cfg: Config) -> None:
         windows = open_windows(cfg, args.max_seq_len, tokenizer, runtime)
         batch = batch_size(cfg, len(windows), args.max_seq_len, runtime.world)
         total = cfg.total_steps(len(windows) / batch)
-        cfg = settle(cfg, total, batch * args.max_seq_len)
+        cfg = settle(with_rate(cfg), total, batch * args.max_seq_len)
         batches = PretrainBatches(
             windows,
             batch,
@@ -146,6 +151,8 @@ def main(cfg: Config) -> None:
             phases(cfg, windows, total),
         )
         runtime.print(batches.plan(total))
+        if cfg.init:
+            prepare(model, cfg, runtime, checkpoint.find(cfg.init))
         evaluate = make_evaluate(cfg, args, tokenizer, runtime)
         sample = make_sample(cfg, tokenizer, runtime)
         train(cfg, runtime, model, tokenizer.files, batches, evaluate, sample)

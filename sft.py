@@ -2,6 +2,7 @@
 
 python sft.py --init out/pretrain
 python sft.py --init Llama2-Chinese-92M.pth
+python sft.py --init out/pretrain --lora          # adapters alone (docs/lora.md)
 python sft.py --init Llama-3.2-1B-Instruct --max_seq_len 2048     # a Hugging Face folder
 """
 
@@ -23,11 +24,12 @@ from training import runtime as rt
 from training.config import TrainConfig
 from training.context import ContextConfig
 from training.loop import train
+from training.lora import LoraConfig, prepare, with_rate
 from training.recipes import settle
 
 
 @dataclass
-class Config(ContextConfig, TrainConfig):
+class Config(LoraConfig, ContextConfig, TrainConfig):
     """指令微调：sft_data.csv 与预训练模型 -> out/sft。只有答案计算损失。"""
 
     data: Path = ROOT / "sft_data" / "sft_data.csv"  # 指令数据
@@ -38,7 +40,7 @@ class Config(ContextConfig, TrainConfig):
     valid_fraction: float = 0.01  # 留作验证的样本比例
 
     recipe: Literal["muon", "original"] = "original"  # 配方：没有写明的设置由它决定；微调沿用 AdamW
-    lr: float | None = 2e-5  # 最大学习率
+    lr: float | None = None  # 最大学习率；默认 2e-5，训练适配器时 2e-4
     min_lr: float | None = 1e-6  # 最终学习率
     weight_decay: float | None = 1e-4  # 权重衰减（只作用于矩阵）
     epochs: float = 2.0  # 训练几遍数据
@@ -83,7 +85,8 @@ def main(cfg: Config) -> None:
         batches = SftBatches(training, cfg.batch, cfg.micro_batch, *place, cfg.seed, row)
         if cfg.compile is None and not cfg.pack:  # every batch has another shape
             cfg = replace(cfg, compile=False)
-        cfg = settle(cfg, cfg.total_steps(batches.steps_per_epoch), None)
+        cfg = settle(with_rate(cfg, 2e-5), cfg.total_steps(batches.steps_per_epoch), None)
+        prepare(start.model, cfg, runtime, start.path)
         evaluate = make_evaluate(cfg, validation, runtime, start.model.args.max_seq_len)
         train(cfg, runtime, start.model, start.tokenizer.files, batches, evaluate)
 

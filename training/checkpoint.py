@@ -9,6 +9,8 @@
     state.json               step, tokens, what the data order depends on, the scaler
     checksums.json           xxh3-128 of every other file; written last
 
+Of a run that trains adapters, these stand in place of the weights (training/adapter_files.py).
+
 Of a sharded run the first two are `model-00001-of-00004.safetensors`, ...: one file of each process's rows, which
 every reader puts together by itself. Nothing is pickled. Whoever reads a checkpoint takes a folder and learns
 shape and vocabulary from it. Hugging Face folders (exchange/) and the original project's `.pth` files (plain state
@@ -33,7 +35,8 @@ from exchange.hf_reader import read_hf_config, read_hf_weights
 from model import ModelArgs, Transformer
 from rope import rope_table
 from stage import UserError
-from training import state
+from training import adapter_files, state
+from training.adapter_files import AdapterFolder
 from training.original_pth import args_from_weights, read_pth
 from training.step_folder import CHECKSUMS, Damaged, verify
 from training.step_folder import list_steps as list_steps  # part of what this module offers
@@ -58,21 +61,25 @@ def restore(folder: Path, model: Transformer, optimizer: torch.optim.Optimizer) 
     """
     files = counters = numbers = error = None
     try:
-        files, counters, numbers = open_verified(folder)
+        adapter_files.check_same(folder, model)
+        files, counters, numbers = open_verified(
+            folder, adapter_files.KIND if state.adapters_of(model) else "model"
+        )
     except UserError as raised:
         error = raised
     agree(error)
     weights, memory = files
     try:
-        state.restore_weights(model, weights.read)
+        read = adapter_files.reader(weights, model.args) if state.adapters_of(model) else weights.read
+        state.restore_weights(model, read)
         state.restore_optimizer(model, optimizer, iter(memory), numbers, memory.read)
     except (RuntimeError, KeyError) as error:
         raise UserError(f"{folder} 与现在的模型或优化器不符：{error}") from error
     return counters
 
 
-def open_verified(folder: Path) -> tuple[tuple[TensorFiles, TensorFiles], dict, state.Numbers]:
-    """A checkpoint's weights and optimizer, counters and numbers; each process verifies its share of the files."""
+def open_verified(folder: Path, kind: str) -> tuple[tuple[TensorFiles, TensorFiles], dict, state.Numbers]:
+    """Weights (`kind`) and optimizer of a checkpoint, counters and numbers; each process verifies a share of files."""
     if not folder.is_dir():
         raise UserError(f"找不到 {folder}：--out 要放在所有机器共享的文件系统上。")
     if not (folder / CHECKSUMS).is_file():
@@ -87,7 +94,7 @@ def open_verified(folder: Path) -> tuple[tuple[TensorFiles, TensorFiles], dict, 
     except (OSError, ValueError, KeyError) as error:
         raise Damaged(f"{folder / 'state.json'} 已损坏或不完整；请用更早的检查点。") from error
     return (
-        tuple(TensorFiles(tensor_paths(folder, kind)) for kind in ("model", "optimizer")),
+        tuple(TensorFiles(tensor_paths(folder, kind)) for kind in (kind, "optimizer")),
         counters,
         numbers,
     )
@@ -114,7 +121,8 @@ def tensor_paths(folder: Path, kind: str) -> list[Path]:
 
 def find(path: Path) -> Path:
     """The checkpoint that a user means: a step folder, the newest of a run's, a Hugging Face folder, or a .pth."""
-    if path.is_file() or next(path.glob("model*.safetensors"), None) or read_hf_config(path) is not None:
+    is_folder = adapter_files.is_adapter(path) or next(path.glob("model*.safetensors"), None)
+    if path.is_file() or is_folder or read_hf_config(path) is not None:
         return path
     if not path.exists():
         raise UserError(
@@ -140,8 +148,11 @@ def load(
     tokenizer: overrides the checkpoint's (a .pth has none; by default the ChatGLM2 vocabulary).
     n_heads: of a .pth whose shape is not one of the known ones. change: of the shape, such as a longer context.
     weights: False leaves them out, for an estimate: the model is on the meta device.
+    Adapters are loaded with their base, and merged into it.
     """
     path = find(path)
+    if adapter_files.is_adapter(path):
+        return load_adapted(path, device, tokenizer, change, weights)
     state_dict = read_pth(path) if path.is_file() else {}
     args = args_from_weights(state_dict, path, n_heads) if state_dict else read_args(path)
     vocabulary = load_tokenizer(tokenizer or (path if path.is_dir() else CHATGLM2))
@@ -155,6 +166,45 @@ def load(
             return Checkpoint(Transformer(change(args)), vocabulary, path)
     state_dict = state_dict or with_tied(read_weights(path), args)
     return Checkpoint(build(change(args), state_dict, path).to(device), vocabulary, path)
+
+
+def load_adapted(
+    path: Path,
+    device: torch.device | str,
+    tokenizer: Path | None,
+    change: Callable[[ModelArgs], ModelArgs],
+    weights: bool,
+) -> Checkpoint:
+    """The base of adapters with these merged into it."""
+    adapter = adapter_files.read(path)
+    loaded = load_base(adapter, None, tokenizer, change, weights)
+    if weights:
+        adapter_files.check_base(adapter, loaded.model, loaded.path)
+        adapter_files.merge(loaded.model, [(adapter, 1.0)])
+    return Checkpoint(loaded.model.to(device) if weights else loaded.model, loaded.tokenizer, path)
+
+
+def load_base(
+    adapter: AdapterFolder,
+    base: Path | None,
+    tokenizer: Path | None,
+    change: Callable[[ModelArgs], ModelArgs] = lambda args: args,
+    weights: bool = True,
+) -> Checkpoint:
+    """The model that adapters stand on, in the shape that they were trained with, with their vocabulary.
+
+    base: where it is, if not where they say.
+    """
+    base = base or adapter.base
+    if base == Path() or not base.exists():
+        raise UserError(
+            f"找不到 {adapter.path} 的适配器所依附的模型 {base}；请把它放回原处，或用 "
+            f"python merge.py --adapters {adapter.path} --base 它现在的位置 --out 新文件夹。"
+        )
+    if not (adapter.path / CHECKSUMS).is_file():  # not ours: it has neither shape nor vocabulary of its own
+        return load(base, "cpu", tokenizer, None, change, weights)
+    args = read_args(adapter.path)
+    return load(base, "cpu", tokenizer or adapter.path, args.n_heads, lambda _: change(args), weights)
 
 
 def build(args: ModelArgs, weights: dict[str, Tensor], path: Path) -> Transformer:

@@ -54,6 +54,9 @@ class Plan:
     muon: bool = False  # whether the hidden matrices have Muon's one moment instead of AdamW's two
     shards: int = 1  # over how many processes weights, gradients and optimizer state are split
     labelled: float = 1.0  # share of the tokens of which logits are made
+    frozen: tuple[
+        str, ...
+    ] = ()  # parts that have neither gradients nor optimizer state (adapters beside them are few)
 
     @property
     def tokens(self) -> float:
@@ -62,7 +65,11 @@ class Plan:
     @property
     def flops_per_token(self) -> float:
         """Computation per token, forward and backward."""
-        skipped = 6 * self.args.vocab_size * self.args.dim * (1 - self.labelled)
+        head = self.args.vocab_size * self.args.dim
+        skipped = 6 * head * (1 - self.labelled)
+        parts = count_parameters(self.args)
+        skipped += 2 * sum(parts[name] for name in self.frozen if name in ("注意力", "前馈"))
+        skipped += 2 * head * self.labelled * ("词嵌入" in self.frozen)
         return flops_per_token(self.args, self.length) - skipped
 
 
@@ -114,7 +121,9 @@ def memory(plan: Plan, recompute: bool = False) -> Memory:
     parameters = sum(parts.values())
     matrices = parts["注意力"] + parts["前馈"]
     state = 4 * parameters / plan.shards
-    optimizer = (8 * parameters - (4 * matrices if plan.muon else 0)) / plan.shards
+    trained = parameters - sum(parts[name] for name in plan.frozen)
+    gradients = 4 * trained / plan.shards
+    optimizer = (8 * trained - (4 * matrices if plan.muon else 0)) / plan.shards
     layer = tokens * layer_bytes(args, plan.dtype)
     inputs = tokens * 4 * args.dim  # what recomputation keeps of a layer
     activations = args.n_layers * inputs + layer if recompute else args.n_layers * layer
@@ -125,9 +134,9 @@ def memory(plan: Plan, recompute: bool = False) -> Memory:
     logits = min(tokens, chunk_tokens(plan.device, args.vocab_size)) * args.vocab_size
     chunk = logits * HEAD_CHUNK_BYTES[plan.dtype]
     head = around + output + max(output, chunk)
-    forward = activations + head + (state if plan.accumulates else 0)
-    backward = state + 2 * output
-    return Memory(state, state, optimizer, activations, head, state + optimizer + max(forward, backward))
+    forward = activations + head + (gradients if plan.accumulates else 0)
+    backward = gradients + 2 * output
+    return Memory(state, gradients, optimizer, activations, head, state + optimizer + max(forward, backward))
 
 
 def largest_micro_batch(plan: Plan, available: float, recompute: bool = False) -> int:
@@ -157,10 +166,18 @@ def make_plan(cfg: TrainConfig, runtime: Runtime, args: ModelArgs, batches: Batc
         tokens_per_step=runtime.world * float(np.mean(tokens)),
         steps=steps,
         device=runtime.device.type,
+        frozen=frozen_parts(cfg),
         muon=cfg.optimizer == "muon",
         shards=runtime.world if cfg.shard else 1,
         labelled=min(1.0, sum(logits) / max(1, sum(tokens))),
     )
+
+
+def frozen_parts(cfg: TrainConfig) -> tuple[str, ...]:
+    """The parts of the model that a run leaves as they are because it trains adapters (training/lora.py)."""
+    if not getattr(cfg, "adapts", False):
+        return ()
+    return ("注意力", "前馈", "归一化") + (() if cfg.lora_embed else ("词嵌入", "输出层"))
 
 
 def announce(cfg: TrainConfig, runtime: Runtime, args: ModelArgs, batches: Batches) -> float:

@@ -21,6 +21,7 @@ from training.estimate import announce
 from training.guards import Figures, LateFigures, SkippedSteps, SpikeWatch, StopSignal, Watchdog
 from training.loader import Batches, MicroBatch, ReadAhead
 from training.log import Log
+from training.lora import describe
 from training.optimizer import factor, make_optimizer, set_learning_rate
 from training.plot import draw_run
 from training.runtime import Runtime, clip_gradients, no_sync, whole
@@ -112,7 +113,7 @@ class Run:
         self.wrapped = self.runtime.wrap(self.model, self.cfg.compile, self.cfg.recompute)
         self.model.train()
         self.runtime.print(
-            f"{self.runtime.describe()}；参数 {self.model.num_params() / 1e6:.2f}M；共 {self.total} 步，"
+            f"{self.runtime.describe()}；{describe(self.model)}；共 {self.total} 步，"
             f"每遍数据 {self.batches.steps_per_epoch:.1f} 步；从第 {self.step} 步开始。"
         )
         self.log = Log(self.cfg, self.runtime, self.step, self.tokens, self.total, flops)

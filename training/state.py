@@ -6,6 +6,7 @@ Weights keep their names; what an optimizer remembers of a parameter is `<parame
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,19 @@ class Piece:
     start: int = 0
 
 
+@dataclass
+class Adapters:
+    """What a model's adapters are, besides their weights; training/lora.py attaches it to the model."""
+
+    config: dict[str, Any]  # adapter_config.json
+    base: dict[str, str]  # base.json
+
+
+def adapters_of(model: Transformer) -> Adapters | None:
+    """The adapters of a model that trains these alone; None if it trains its own weights."""
+    return getattr(model, "adapters", None)
+
+
 def piece_of(tensor: Tensor) -> Piece:
     """The piece that this process holds of a tensor; FSDP shards like torch.chunk, along the first dimension."""
     if not isinstance(tensor, DTensor):
@@ -37,7 +51,9 @@ def piece_of(tensor: Tensor) -> Piece:
 
 
 def weights_of(model: Transformer) -> dict[str, Tensor]:
-    """The weights by name, a tied matrix once."""
+    """The weights by name, a tied matrix once; of a model that trains adapters, these and what is trained with them."""
+    if adapters_of(model):
+        return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     weights = dict(model.state_dict())
     if model.args.tie_embeddings:
         del weights["output.weight"]

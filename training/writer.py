@@ -17,7 +17,7 @@ from model import Transformer
 from sources.report import settings as as_json
 from sources.report import write_json
 from stage import UserError, atomic_path, sync_tree
-from training import state, tensor_files
+from training import adapter_files, state, tensor_files
 from training.runtime import Runtime
 from training.state import Piece
 from training.step_folder import CHECKSUMS, checksum, list_steps, step_of, sync_folder
@@ -74,7 +74,11 @@ class Writer:
         texts = {"config.json": asdict(model.args), "train_config.json": as_json(settings)}
         tensors, numbers = state.optimizer_state_of(model, optimizer) if optimizer else ({}, {})
         texts["state.json"] = {"counters": counters, "optimizer": numbers}
-        groups = {"model": state.weights_of(model), "optimizer": tensors}
+        weights, kind = state.weights_of(model), "model"
+        if adapters := state.adapters_of(model):
+            weights, kind = adapter_files.to_file(weights, model.args), adapter_files.KIND
+            texts |= {adapter_files.CONFIG: adapters.config, adapter_files.BASE: adapters.base}
+        groups = {kind: weights, "optimizer": tensors}
         pieces = {kind: self.pieces_of(kind, group) for kind, group in groups.items()}
         if self.runtime.device.type == "cuda":
             torch.cuda.synchronize()  # the copies are done
@@ -157,8 +161,12 @@ class Writer:
     def write_tensors(self, folder: Path, pieces: dict[str, dict[str, Piece]]) -> dict[str, str]:
         """Write this process's files and flush them; returns their checksums."""
         folder.mkdir(exist_ok=True)
-        checksums, count = {}, self.runtime.world if self.runtime.sharded else 1
+        checksums = {}
         for kind, group in pieces.items():
+            is_whole = not self.runtime.sharded or kind == adapter_files.KIND  # in the first process
+            if is_whole and not self.runtime.is_main:
+                continue
+            count = 1 if is_whole else self.runtime.world
             path = folder / tensor_files.file_name(kind, self.runtime.rank, count)
             tensor_files.write(path, group)
             sync_tree(path)

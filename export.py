@@ -5,7 +5,7 @@ python export.py --model out/sft --format gguf --dtype q8_0 --out out/export/cha
 python export.py --model out/sft --format llama2c
 python export.py --model out/sft --format pth
 
-Which program wants which: docs/serving.md.
+Which program wants which: docs/export.md.
 """
 
 from collections import Counter

@@ -1,6 +1,6 @@
 """What llama.cpp makes of our GGUF files: `python bench/llamacpp.py --model out/sft --texts FOLDER`.
 
-llama.cpp is asked through the Python that LLAMA_CPP_PYTHON names, or this one (docs/serving.md). For each type of
+llama.cpp is asked through the Python that LLAMA_CPP_PYTHON names, or this one (docs/export.md). For each type of
 weights the checkpoint is exported, and compared with model.py in fp32 are
 
     the ids of every text in the files (once: all types have the same vocabulary);

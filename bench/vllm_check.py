@@ -1,6 +1,6 @@
 """Whether vLLM answers as we do: `python bench/vllm_check.py --model out/sft --python /path/to/vllm/bin/python`.
 
-vLLM wants an environment of its own (docs/serving.md). Its OpenAI server is started on an export of the checkpoint,
+vLLM wants an environment of its own (docs/export.md). Its OpenAI server is started on an export of the checkpoint,
 unpatched, and asked greedily for continuations of prompts, given as ids and as text, and for chat answers, with and
 without a system text and over several turns. Checked: the ids of every answer are those of our own `generate`.
 """

@@ -7,13 +7,12 @@ python merge.py --adapters out/medical out/chat --weights 0.7 0.3 --out out/both
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import nn
 
+from sources.report import settings
 from stage import ROOT, StageConfig, UserError, require, run_stage
 from training import adapter_files, checkpoint
-from training.adapter_files import AdapterFolder
-from training.runtime import Runtime
+from training.plain import check_replaceable, write_plain
 
 
 @dataclass
@@ -37,8 +36,7 @@ class Config(StageConfig):
 
 
 def main(cfg: Config) -> None:
-    if checkpoint.list_steps(cfg.out):
-        raise UserError(f"{cfg.out} 里已有检查点；请用 --out 换一个文件夹。")
+    check_replaceable(cfg.out)
     folders = [checkpoint.find(path) for path in cfg.adapters]
     for folder in folders:
         if not adapter_files.is_adapter(folder):
@@ -51,24 +49,15 @@ def main(cfg: Config) -> None:
         untie(start.model)
     shares = cfg.weights or (1.0,) * len(adapters)
     adapter_files.merge(start.model, list(zip(adapters, shares, strict=True)))
-    runtime = Runtime(torch.device("cpu"), torch.float32)
-    writer = checkpoint.Writer(cfg.out, runtime, keep_last=1)
-    writer.save(step(adapters[0]), start.model, None, cfg, start.tokenizer.files, {})
-    writer.wait()
+    write_plain(cfg.out, start.model.args, start.model.state_dict(), start.tokenizer.files, settings(cfg))
     listed = "、".join(f"{share:g} × {folder}" for share, folder in zip(shares, folders, strict=True))
-    print(f"{start.path} + {listed} -> {checkpoint.find(cfg.out)}")
+    print(f"{start.path} + {listed} -> {cfg.out}")
 
 
 def untie(model: nn.Module) -> None:
     """Give the head a matrix of its own, with the same values."""
     model.args = replace(model.args, tie_embeddings=False)
     model.output.weight = nn.Parameter(model.output.weight.detach().clone())
-
-
-def step(adapter: AdapterFolder) -> int:
-    """The steps that adapters of ours were trained for; 0 of others."""
-    path = adapter.path / "state.json"
-    return adapter_files.read_json(path)["counters"]["step"] if path.is_file() else 0
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from generation.prepare import Precision, Quantise, compile_decoding, prepare
+from generation.prepare import Precision, Quantise, prepare
 from generation.sampling import Sampling
 from stage import ROOT, StageConfig, require
 from training import checkpoint
@@ -22,7 +22,6 @@ class InferenceConfig(StageConfig):
     precision: Precision = "auto"  # 权重与计算的精度；auto：硬件擅长 bf16 就用，否则 fp32
     quantise: Quantise | None = None  # 权重量化为 8 或 4 位整数（其余用 bf16）：更快更省内存，困惑度略升
     threads: int | None = None  # CPU 线程数；默认由 torch 决定，机器忙时少些更快
-    compile: bool = False  # 显卡上用 torch.compile 解码；启动慢一两分钟
     max_new_tokens: int = 128  # 最多生成多少 token
     temperature: float = 0.0  # 0 总取最可能的 token；越大越随机
     top_k: int | None = None  # 只在最可能的 k 个里抽样
@@ -42,9 +41,8 @@ class InferenceConfig(StageConfig):
         require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "至少为 1")
         is_usable = self.temperature == 0 or 1e-4 <= self.temperature <= 1e4
         require(is_usable, "temperature", self.temperature, "为 0，或在 0.0001 与 10000 之间")
-        require(
-            0 < self.repetition_penalty < 1e4, "repetition_penalty", self.repetition_penalty, "必须大于 0"
-        )
+        penalty = self.repetition_penalty
+        require(0.01 <= penalty <= 100, "repetition_penalty", penalty, "在 0.01 与 100 之间")
         require(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "至少为 1")
         require(self.top_p is None or 0 < self.top_p <= 1, "top_p", self.top_p, "在 0 与 1 之间")
         require(self.min_p is None or 0 <= self.min_p <= 1, "min_p", self.min_p, "在 0 与 1 之间")
@@ -75,8 +73,6 @@ class InferenceConfig(StageConfig):
         loaded = checkpoint.load(self.model, choose_device(self.device), self.tokenizer, self.n_heads)
         count = loaded.model.num_params() / 1e6
         prepare(loaded.model, self.precision, self.quantise)
-        if self.compile:
-            compile_decoding(loaded.model)
         kind = self.quantise or str(loaded.model.tok_embeddings.weight.dtype).removeprefix("torch.")
         print(f"模型：{loaded.path}（参数 {count:.2f}M，{kind}）", flush=True)
         return loaded

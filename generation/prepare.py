@@ -173,13 +173,3 @@ def converted(linear: nn.Linear, quantise: Quantise | None, is_head: bool = Fals
     if linear.weight.dtype == torch.bfloat16:
         return VectorLinear(linear)
     return HeadLinear(linear) if is_head else linear
-
-
-def compile_decoding(model: Transformer) -> None:
-    """Compile the forward pass on a GPU, where starting kernels one by one takes longer than they run.
-
-    CPUs gain nothing (docs/LOG.md), so UserError there.
-    """
-    if model.rope.device.type != "cuda":
-        raise UserError("--compile 只用于显卡。")
-    model.forward = torch.compile(model.forward, dynamic=True)

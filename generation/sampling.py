@@ -41,7 +41,7 @@ class Sampling:
             "top_k": self.top_k is None or self.top_k >= 1,
             "top_p": self.top_p is None or 0 < self.top_p <= 1,
             "min_p": self.min_p is None or 0 <= self.min_p <= 1,
-            "repetition_penalty": 0 < self.repetition_penalty < 1e4,
+            "repetition_penalty": 0.01 <= self.repetition_penalty <= 100,  # beyond, logits overflow
             "presence_penalty": abs(self.presence_penalty) <= 100,
             "frequency_penalty": abs(self.frequency_penalty) <= 100,
             "stop": all(self.stop),

@@ -17,8 +17,8 @@ from chatglm_tokenizer.expansion import Expansion, Mode, expand
 from chatglm_tokenizer.model_file import without_prefix
 from chatglm_tokenizer.tokenization_chatglm import CHATGLM2, ChatGLMTokenizer
 from sources.aside import SetAside
-from sources.instructions import read_instructions
 from sources.pretrain_text import read_documents
+from sources.records import read_records
 from sources.report import settings, table, write_json
 from stage import (
     DEMO_DIR,
@@ -219,7 +219,7 @@ def read_texts(path: Path) -> Iterator[str]:
         yield document.text
     if empty:
         aside = SetAside()
-        for instruction in read_instructions(path, aside):
+        for instruction in read_records(path, aside):
             yield from (message["content"] for message in instruction["messages"])
     aside.show()
 

@@ -29,8 +29,8 @@ from chatglm_tokenizer.tokenization_chatglm import CHATGLM2, ChatGLMTokenizer
 from expand_vocab import encode_pieces
 from model import ModelArgs, Transformer
 from sources.aside import SetAside
-from sources.instructions import read_instructions
 from sources.pretrain_text import read_documents
+from sources.records import read_records
 from sources.report import table, write_json
 from stage import ROOT, StageConfig, UserError, run_stage
 from training.vocabulary_rows import add_rows
@@ -93,7 +93,7 @@ def read_all(data: Path, files: dict[str, str]) -> dict[str, tuple[list[str], li
     for name, file in files.items():
         aside, path = SetAside(), data / file
         if file.startswith("sft"):
-            rows = read_instructions(path, aside)
+            rows = read_records(path, aside)
             texts = ["\n".join(message["content"] for message in row["messages"]) for row in rows]
         else:
             texts = [document.text for document in read_documents(path, aside)]

@@ -132,16 +132,23 @@ def write_gguf_file(cfg: Config, loaded: Checkpoint, out: Path) -> None:
         raise UserError("写 GGUF 需要 gguf：请先 pip install gguf。")
     from exchange.gguf_file import write_gguf
 
+    ollama = out.with_suffix(".Modelfile")
+    check_free(cfg, ollama)
     with atomic_path(out) as temporary:
         types = write_gguf(
             temporary, loaded.model, loaded.tokenizer, template_of(loaded), cfg.name or out.stem, cfg.dtype
         )
     show_types(cfg, types)
     ours = template_of(loaded) == CHAT_TEMPLATE
-    ollama = out.with_suffix(".Modelfile")
     with atomic_path(ollama) as temporary:
         temporary.write_text(modelfile(out.name, loaded.model.args, ours), encoding="utf-8")
     print(f"ollama：ollama create {out.stem} -f {ollama}")
+
+
+def check_free(cfg: Config, path: Path) -> None:
+    """UserError where a second file would take the place of another."""
+    if path.exists() and not cfg.overwrite:
+        raise UserError(f"{path} 已存在；加 --overwrite 覆盖，或用 --out 换一个文件夹。")
 
 
 def show_types(cfg: Config, types: Counter) -> None:
@@ -157,8 +164,9 @@ def write_llama2c_files(cfg: Config, loaded: Checkpoint, out: Path) -> None:
             "llama2.c 只认 SentencePiece 词表，这个模型的是 tokenizer.json；请用 --format hf 或 gguf。"
         )
     vocabulary = out.with_name("tokenizer.bin")
-    if vocabulary.exists() and not cfg.overwrite:
-        raise UserError(f"{vocabulary} 已存在；加 --overwrite 覆盖，或用 --out 换一个文件夹。")
+    if out == vocabulary:
+        raise UserError(f"{out} 是词表的名字；请用 --out 给权重换一个名字。")
+    check_free(cfg, vocabulary)
     with atomic_path(out) as weights, atomic_path(vocabulary) as pieces:
         write_llama2c(weights, loaded.model)
         write_llama2c_tokenizer(pieces, loaded.tokenizer, loaded.model.args.vocab_size)

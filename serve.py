@@ -55,7 +55,11 @@ class Config(InferenceConfig):
         """All keys, from the command line and the file."""
         keys = list(self.api_key)
         if self.api_key_file:
-            lines = self.api_key_file.read_text(encoding="utf-8").split()
+            try:
+                lines = self.api_key_file.read_text(encoding="utf-8").splitlines()
+            except UnicodeDecodeError as error:
+                raise UserError(f"{self.api_key_file} 不是 UTF-8 文本；一行写一个密钥。") from error
+            lines = [line.strip() for line in lines if line.strip()]
             if not lines:
                 raise UserError(f"{self.api_key_file} 里没有密钥；一行写一个。")
             keys += lines
@@ -64,7 +68,9 @@ class Config(InferenceConfig):
     def model_name(self) -> str:
         """The name that requests call the model by: the run's folder, or the file, unless one was given."""
         path = self.model.resolve()
-        return self.name or (path.parent.name if path.name.startswith("step_") else path.stem)
+        if self.name or path.name.startswith("step_"):
+            return self.name or path.parent.name
+        return path.name if path.is_dir() else path.stem
 
 
 def main(cfg: Config) -> None:

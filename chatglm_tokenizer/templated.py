@@ -4,7 +4,7 @@ The template is rendered with the dialogue up to each answer and behind it; wher
 they say where the answer stands. The whole is tokenised in one piece, as transformers does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from itertools import takewhile
 
@@ -31,14 +31,6 @@ class Written:
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode_marked([text], self.mark)[0]
 
-    def without_oldest(self) -> bool:
-        """Leave out the oldest question with its answer, unless it is the only one; whether that was done."""
-        first = int(self.messages[0]["role"] == "system")
-        if len(self.messages) - first <= 2:
-            return False
-        del self.messages[first : first + 2]
-        return True
-
 
 def encode_by_template(
     messages: Sequence[Message], tokenizer: HFTokenizer, max_len: int
@@ -48,9 +40,7 @@ def encode_by_template(
     ValueError where answers cannot be told from the rest, because the template writes them otherwise later on.
     """
     written = Written(messages, tokenizer, TRAINING_DAY)
-    while len(ids := written.encode(written.render(written.messages, False))) > max_len:
-        if not written.without_oldest():
-            break
+    ids = encode_newest(written, lambda: written.encode(written.render(written.messages, False)), max_len)
     return ids, find_answers(written, ids)
 
 
@@ -77,6 +67,22 @@ def in_common(beginning: list[int], ids: list[int]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(beginning, ids, strict=False)))
 
 
+def encode_newest(written: Written, encode: Callable[[], list[int]], max_len: int) -> list[int]:
+    """Leave out as few of the oldest turns as make the ids fit into max_len, or all but the last; returns the ids.
+
+    Found by bisection: every try renders and tokenises the whole dialogue, which a client may have made very long.
+    """
+    whole = written.messages
+    first = int(whole[0]["role"] == "system")
+    too_few, enough = -1, (len(whole) - first - 1) // 2  # turns left out
+    while enough - too_few > 1:
+        left_out = (too_few + enough) // 2
+        written.messages = whole[:first] + whole[first + 2 * left_out :]
+        too_few, enough = (too_few, left_out) if len(encode()) <= max_len else (left_out, enough)
+    written.messages = whole[:first] + whole[first + 2 * enough :]
+    return encode()
+
+
 def prompt_by_template(messages: Sequence[Message], tokenizer: HFTokenizer, max_len: int) -> list[int]:
     """Ids that the model is to continue with its answer.
 
@@ -88,9 +94,7 @@ def prompt_by_template(messages: Sequence[Message], tokenizer: HFTokenizer, max_
         follows = written.messages[-1]["role"] == "user"
         return written.encode(written.render(written.messages, follows))
 
-    while len(ids := encode()) > max_len:
-        if not written.without_oldest():
-            break
+    ids = encode_newest(written, encode, max_len)
     last = written.messages[-1]
     if len(ids) <= max_len or last["role"] != "user":
         return ids[-max_len:]

@@ -1,5 +1,6 @@
 """The original project's `.pth`: a plain state dict, whose shape and rotary base its own code must know."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,6 +12,11 @@ from stage import UserError
 def write_pth(path: Path, model: Transformer) -> None:
     """Write the state dict in fp32, a tied matrix under both names; UserError for what the original cannot be."""
     check_fixed(model.args, "原项目的 model.py")
+    args = model.args
+    if not args.tie_embeddings or args.hidden_dim != replace(args, hidden_dim=None).hidden_dim:
+        raise UserError(
+            "原项目的 model.py 总是共用词嵌入与输出层，前馈宽度由 multiple_of 决定；请用 --format hf 或 gguf。"
+        )
     torch.save({name: value.detach().float().cpu() for name, value in model.state_dict().items()}, path)
 
 

@@ -54,8 +54,9 @@ class Batch:
             raise ValueError("a prompt needs at least one token")
         if len(prompt) >= self.limit:
             raise ValueError(f"the prompt has {len(prompt)} tokens; the context is max_seq_len={self.limit}")
-        if min(prompt) < 0 or max(prompt) >= self.model.args.vocab_size:
-            raise ValueError(f"ids of a prompt must be within 0 and {self.model.args.vocab_size - 1}")
+        rows = self.vocab_size or self.model.args.vocab_size
+        if min(prompt) < 0 or max(prompt) >= rows:
+            raise ValueError(f"ids of a prompt must be within 0 and {rows - 1}")
 
     def add(self, prompt: Sequence[int], sampling: Sampling) -> Row:
         """Let a request join; ValueError for a prompt that cannot be continued. There must be a free slot."""

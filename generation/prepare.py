@@ -79,7 +79,8 @@ class DynamicInt8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        weight = linear.weight.detach().float()  # (out, in)
+        weight = F.pad(linear.weight.detach().float(), (0, 2))  # (out, in + 2)
+        self.register_buffer("ends", torch.tensor([-1.0, 1.0]), persistent=False)
         scale = weight.abs().amax(1).clamp(min=1e-8) / 127  # (out,)
         zero = torch.zeros(len(weight), dtype=torch.long)
         with warnings.catch_warnings():  # of the type's name, which has another successor in every release
@@ -94,9 +95,11 @@ class DynamicInt8Linear(nn.Module):
         return device.type == "cpu" and torch.backends.quantized.engine in ("x86", "fbgemm", "onednn")
 
     def forward(self, x: Tensor) -> Tensor:
-        # The kernel has one scale for all rows. Rows that are equally large need no other, whoever their neighbours.
+        # The kernel has one scale for all rows, from the least number to the greatest. In the two columns added for
+        # it these are -1 and 1, and each row is brought to that size: no row depends on its neighbours.
         size = x.abs().amax(-1, keepdim=True).clamp(min=1e-8)  # (..., 1)
-        return torch.ops.quantized.linear_dynamic(x / size, self.packed, self.reduce_range) * size
+        x = torch.cat((x / size, self.ends.expand(*x.shape[:-1], 2)), dim=-1)
+        return torch.ops.quantized.linear_dynamic(x, self.packed, self.reduce_range) * size
 
 
 class Int4Linear(nn.Module):

@@ -1,6 +1,7 @@
 """Talking to a model in the terminal."""
 
 import signal
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ class TerminalChat:
     def run(self) -> None:
         """Read questions and commands until /exit or the end of the input."""
         print(HELP)
+        sys.stdin.reconfigure(errors="replace")  # half a character, typed by mistake, is no reason to end
         while True:
             try:
                 line = input("\n问：").strip()

@@ -4,8 +4,6 @@ from collections.abc import Sequence
 
 from chatglm_tokenizer.base import Tokenizer
 
-HALF = 3  # most bytes of a UTF-8 character that is not whole, each of which decodes to U+FFFD
-
 
 class TextStream:
     """Text of ids that come one by one; what it has given out so far is the beginning of `decode` of all of them.
@@ -24,12 +22,16 @@ class TextStream:
         return self.tokenizer.decode(self.window) if self.window else ""
 
     def push(self, token: int) -> str:
-        """The text that is certain after one more id; U+FFFD is held back as long as it may be half a character."""
+        """The text that is certain after one more id.
+
+        U+FFFD at the end is held back: it may be half a character, and some decoders give it for a whole run of bytes
+        whose last character is not whole.
+        """
         self.window.append(token)
         self.fresh.append(token)
         text = self.decode()
         whole = len(text.rstrip("\ufffd"))
-        certain = text[self.shown : max(whole, len(text) - HALF)]
+        certain = text[self.shown : whole]
         self.shown += len(certain)
         if certain and self.shown == len(text):
             self.window, self.fresh = self.fresh, []

@@ -67,6 +67,7 @@ def add_completions(app: FastAPI, service: Service) -> None:
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """对话的下一个回答。"""
         service.check_model(body.model)
+        service.check_count(body.n or 1)
         sampling = service.sampling(body)
         # Long texts take a while to tokenise.
         prompt = await run_in_threadpool(service.chat_prompt, body, sampling)
@@ -77,6 +78,7 @@ def add_completions(app: FastAPI, service: Service) -> None:
         """一段或几段文字的续写。"""
         service.check_model(body.model)
         sampling, texts = service.sampling(body), body.prompts()
+        service.check_count(len(texts) * (body.n or 1))
         prompts = await run_in_threadpool(
             lambda: [service.completion_prompt(text, body, sampling) for text in texts]
         )

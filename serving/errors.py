@@ -30,6 +30,7 @@ MESSAGES = {
     "model_attributes_type": "应为 JSON 对象（Content-Type: application/json）",
     "greater_than": "应大于 {gt}",
     "greater_than_equal": "应不小于 {ge}",
+    "less_than": "应小于 {lt}",
     "less_than_equal": "应不大于 {le}",
     "literal_error": "应为 {expected}",
     "too_short": "至少要有 {min_length} 项",

@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 import time
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,6 +52,12 @@ class Gate:
             receive = replay(await self.body(scope, receive), receive)
             await self.app(scope, receive, counted)
         except ApiError as error:
+            await error.response()(scope, receive, counted)
+        except Exception:
+            if status != 499:  # too late for an answer
+                raise
+            traceback.print_exc()
+            error = ApiError(500, "服务器内部错误，详见服务器的输出", "internal_error")
             await error.response()(scope, receive, counted)
         finally:
             path = scope["path"] if scope["path"] in KNOWN else "other"

@@ -10,6 +10,7 @@ from generation.engine import Answer, Piece
 from serving.errors import ApiError
 
 PING = 15.0  # seconds of silence after which a proxy might think that the connection is dead
+LATE = 30.0  # seconds after which an engine that does not end its answers counts as dead
 
 
 class Reader:
@@ -42,6 +43,8 @@ class Reader:
                 if not self.timed_out and time.monotonic() >= self.deadline:
                     self.timed_out = True
                     self.cancel()  # the answers end within a step, as they otherwise would
+                elif time.monotonic() >= self.deadline + LATE:
+                    raise ApiError(503, "服务没有响应，请重新启动它", "failed")
                 else:
                     yield None
                 continue

@@ -4,7 +4,7 @@ Types are strict: "0.5" is no number and 1 no boolean. What would change the ans
 by name, unless its value means what happens anyway; a name that is not known at all is refused as a misspelling.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -122,8 +122,13 @@ class Request(Strict):
         return (self.stop,) if isinstance(self.stop, str) else None if self.stop is None else tuple(self.stop)
 
 
+Item = TypeVar("Item")
+# A list that is wrong is refused at its first wrong item: a million complaints would take seconds.
+Several = Annotated[list[Item], Field(min_length=1, fail_fast=True)]
+
+
 class ChatRequest(Request):
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Several[ChatMessage]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -144,12 +149,7 @@ class ChatRequest(Request):
 
 
 class CompletionRequest(Request):
-    prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1)]
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
-    )
+    prompt: str | Several[str] | Several[TokenId] | Several[Several[TokenId]]
     echo: bool | None = None
     best_of: Annotated[int, Field(ge=1, le=20)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None

@@ -60,6 +60,8 @@ class Service:
         """The engine; ApiError 503 where there is none to be used."""
         if self.is_closing:
             raise ApiError(503, "服务正在关闭", "closing", headers={"Retry-After": "10"})
+        if self.engine is not None and not self.engine.thread.is_alive():
+            raise ApiError(503, "服务已停止生成，请重新启动", "failed")
         if self.engine is None:
             raise ApiError(503, "模型正在载入，请稍后再试", "loading", headers={"Retry-After": "2"})
         return self.engine
@@ -145,12 +147,16 @@ class Service:
                 400, f"prompt 中有词表以外的 token：{error}", "invalid_prompt", "prompt"
             ) from error
 
+    def check_count(self, answers: int) -> None:
+        """ApiError for more answers than could ever be queued."""
+        engine = self.ready()
+        most = engine.max_waiting + engine.batch.slots
+        if answers > most:
+            raise ApiError(400, f"一个请求至多 {most} 个回答（提示词数 × n）", "invalid_value", "n")
+
     def submit(self, prompts: Sequence[tuple[list[int], Sampling]], n: int) -> list[Answer]:
         """Queue n answers to every prompt, all or none of them. ApiError 429 when they do not all find a place."""
         engine, answers = self.ready(), []
-        most = engine.max_waiting + engine.batch.slots
-        if len(prompts) * n > most:
-            raise ApiError(400, f"一个请求至多 {most} 个回答（提示词数 × n）", "invalid_value", "n")
         try:
             for ids, sampling in prompts:
                 for index in range(n):

@@ -43,7 +43,7 @@ def tiny(vocabulary, tmp_path_factory):
                 parameter.mul_(10)
     out = tmp_path_factory.mktemp("tiny")
     writer = checkpoint.Writer(out, Runtime(torch.device("cpu"), torch.float32), keep_last=1)
-    writer.save(1, model, None, StageConfig(), vocabulary.read_bytes(), {})
+    writer.save(1, model, None, StageConfig(), {"tokenizer.model": vocabulary.read_bytes()}, {})
     writer.wait()
     return out
 

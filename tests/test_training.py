@@ -168,7 +168,7 @@ def test_wrong_input_to_pretraining_is_one_clear_line(tokens, vocabulary, tmp_pa
         ([*arguments(tokens, tmp_path / "o"), "--n_heads", 5], "n_heads"),
         ([*arguments(tokens, tmp_path / "o"), "--lr", -1], "--lr"),
         ([*arguments(tokens, tmp_path / "o"), "--precision", "fp16"], "fp16"),
-        ([*arguments(tokens, tmp_path / "o"), "--max_seq_len", 0], "at least 1"),
+        ([*arguments(tokens, tmp_path / "o"), "--max_seq_len", 0], "--max_seq_len"),
         ([*arguments(tokens, tmp_path / "o"), "--seed", -1], "--seed"),
         ([*arguments(tokens, tmp_path / "o"), "--epochs", "nan"], "--epochs"),
         ([*arguments(tokens, tmp_path / "o"), "--batch_tokens", 0], "--batch_tokens"),

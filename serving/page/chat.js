@@ -1,6 +1,6 @@
 import * as api from "./api.js";
 import { copy, render } from "./markdown.js";
-import { DEFAULTS, conversation, save, state, title } from "./store.js";
+import { DEFAULTS, conversation, reload, save, state, title } from "./store.js";
 
 const $ = (id) => document.getElementById(id);
 const SETTINGS = Object.keys(DEFAULTS);
@@ -136,7 +136,7 @@ async function generate() {
   const { messages } = conversation();
   const message = { role: "assistant", content: "", note: "" };
   const mine = (running = new AbortController());
-  const asked = [...messages];
+  const asked = messages.filter((m) => m.content);
   messages.push(message);
   showError("");
   save();
@@ -158,7 +158,8 @@ async function generate() {
   } catch (error) {
     if (mine.signal.aborted) message.note = "已停止";
     else fail(error);
-    if (!message.content) messages.splice(messages.indexOf(message), 1);
+    const place = messages.indexOf(message); // it may be gone: its question was taken back
+    if (!message.content && place >= 0) messages.splice(place, 1);
     else if (!mine.signal.aborted) message.note = "不完整";
   }
   running = null;
@@ -247,7 +248,17 @@ $("input").addEventListener("keydown", (event) => {
 });
 $("input").addEventListener("input", resize);
 $("stop").addEventListener("click", stop);
-$("retry").addEventListener("click", regenerate);
+$("retry").addEventListener("click", () => {
+  if (conversation().messages.at(-1)?.role === "user") regenerate();
+  else connect().then(() => showError(""), fail);
+});
+window.addEventListener("pagehide", save); // what has come of an answer stays
+// Another tab of the page has changed something; while an answer comes, this one has the last word.
+window.addEventListener("storage", () => {
+  if (running) return;
+  reload();
+  show();
+});
 $("new").addEventListener("click", () => select(conversation().messages.length ? null : state.current));
 $("menu").addEventListener("click", () => document.body.classList.toggle("menu"));
 $("shade").addEventListener("click", () => document.body.classList.remove("menu"));

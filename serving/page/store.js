@@ -8,6 +8,8 @@ export const DEFAULTS = {
 function load() {
   try {
     const { conversations, current, settings } = JSON.parse(localStorage.getItem(KEY));
+    // An answer of which nothing had come when the page was closed is none.
+    for (const c of conversations ?? []) if (c.messages.at(-1)?.content === "") c.messages.pop();
     if (Array.isArray(conversations)) return { conversations, current, settings: { ...DEFAULTS, ...settings } };
   } catch {
     // nothing there yet, or not ours
@@ -16,6 +18,11 @@ function load() {
 }
 
 export const state = load();
+
+/** Take up what another tab has written; what this one shows stays on the screen. */
+export function reload() {
+  Object.assign(state, load(), { current: state.current });
+}
 
 /** Write everything; when there is no more room, without the oldest conversations. */
 export function save() {

@@ -44,7 +44,7 @@ class Reader:
                     self.timed_out = True
                     self.cancel()  # the answers end within a step, as they otherwise would
                 elif time.monotonic() >= self.deadline + LATE:
-                    raise ApiError(503, "服务没有响应，请重新启动它", "failed")
+                    raise ApiError(503, "服务没有响应，请重新启动它", "failed") from None
                 else:
                     yield None
                 continue

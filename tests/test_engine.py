@@ -3,6 +3,7 @@
 import queue
 import random
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from hypothesis import strategies as st
 from test_model import hugging_face, random_model
 
 from chatglm_tokenizer.tokenization_chatglm import ChatGLMTokenizer
+from exchange.hf_tokenizer_file import fast_tokenizer
 from generation.batch import CHUNK, Batch, generate
 from generation.engine import Answer, Busy, Engine, Piece
-from generation.prepare import prepare
+from generation.prepare import DynamicInt8Linear, prepare
 from generation.sampling import Sampling
 from generation.text import StopStrings, TextStream
 from model import Transformer
@@ -183,6 +185,18 @@ def test_quantised_and_bf16_logits_stay_close(quantise) -> None:
     assert len(generate(ready, [[5], [6, 7]], Sampling(8, temperature=0))[0]) == 8
 
 
+def test_rows_of_int8_do_not_depend_on_their_neighbours() -> None:
+    if not DynamicInt8Linear.works(torch.device("cpu")):
+        pytest.skip("no int8 kernels of x86 on this machine")
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(96, 64, bias=False)
+    quick, x = DynamicInt8Linear(linear), torch.randn(7, 96) * torch.logspace(-3, 3, 7)[:, None]
+    together = quick(x)
+    for row, y in zip(x, together, strict=True):
+        assert torch.allclose(quick(row[None])[0], y, rtol=1e-4, atol=1e-6 * float(row.norm()))
+    assert ((together - linear(x)).norm(dim=1) / linear(x).norm(dim=1)).max() < 0.03
+
+
 def test_fp32_prepared_for_speed_gives_the_same_tokens() -> None:
     model = random_model()
     expected = generate(model, [[5, 6], [7]], Sampling(30, temperature=0))
@@ -214,6 +228,16 @@ def test_streaming_takes_the_same_time_for_each_token(tokenizer, monkeypatch) ->
     for token in ids:
         stream.push(token)
     assert longest < 12
+
+
+def test_characters_of_bytes_are_whole_with_the_decoder_of_hugging_face(tokenizer) -> None:
+    fast = fast_tokenizer(tokenizer, tokenizer.vocab_size)
+    for text in ("龘龘靐", "魑魅魍魉在山里", "好𠀀𪚥龘"):
+        ids = fast.encode(text, add_special_tokens=False).ids
+        stream = TextStream(SimpleNamespace(decode=fast.decode))
+        pieces = [*map(stream.push, ids), stream.finish()]
+        assert "".join(pieces) == fast.decode(ids) == text
+        assert not any("\ufffd" in piece for piece in pieces)
 
 
 def test_a_replacement_character_of_the_text_itself_is_not_lost(tokenizer) -> None:

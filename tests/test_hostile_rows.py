@@ -285,7 +285,7 @@ def test_tools_survive(folder, tmp_path, tool):
 
 @pytest.mark.parametrize("field", ["history", "messages"])
 def test_half_characters_in_a_cell_of_json_are_no_text(tmp_path, field):
-    turns = {"history": [["\ud83d", "x"]], "messages": [{"role": "user", "content": "\ud83d"}]}[field]
+    turns = {"history": [["\ud83d", "x"]], "messages": [{"human": "\ud83d", "assistant": "x"}]}[field]
     with open(tmp_path / "a.csv", "w", encoding="utf-8", newline="") as handle:
         csv.writer(handle).writerows([["prompt", "answer", field], ["问", "答", json.dumps(turns)]])
         csv.writer(handle).writerow(

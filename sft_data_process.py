@@ -5,6 +5,7 @@ data sets of a dataset_info.json or of the hub: --datasets. Preferences found am
 judged answers (KTO) to kto.jsonl beside it. docs/instructions.md lists the formats.
 """
 
+import json
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -197,6 +198,23 @@ def write(cfg: Config, found: Collected, copies: np.ndarray) -> dict[str, int]:
     return written
 
 
+def remove_stale(cfg: Config, written: dict[str, int], inputs: set[Path]) -> None:
+    """Remove what an earlier run wrote here and this one did not: the next stage would train on it.
+
+    The statistics beside tell what that was; other files, and what this run has read, are left alone.
+    """
+    try:
+        earlier = set(json.loads(sidecar_path(cfg.out).read_text(encoding="utf-8"))["written"])
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        earlier = set()
+    for name in (cfg.out.name, *OTHER_FILES.values()):
+        path = cfg.out.with_name(name)
+        ours = name not in written and (name == cfg.out.name or name in earlier)
+        if ours and path.is_file() and path.resolve() not in inputs:
+            path.unlink()
+            print(f"已删去以前写的 {path}：这次没有这一类数据。")
+
+
 def measure(cfg: Config, found: Collected) -> dict[str, Any]:
     """Print and draw how long the kept records are; returns the figures."""
     questions, answers = zip(*map(questions_answers, found.records), strict=True)
@@ -267,6 +285,7 @@ def main(cfg: Config) -> None:
             "长度限制可用 --max_question、--max_answer 等放宽。"
         )
     written = write(cfg, found, copies)
+    remove_stale(cfg, written, {data_set.path.resolve() for data_set in sets})
     report = {
         "rows": written.get(cfg.out.name, 0),
         "dialogues": sum(len(record["messages"]) > 2 for record in found.records),

@@ -27,6 +27,8 @@ Formats = list[tuple[tuple[str, ...], Convert]]
 
 # fnlp's moss-003: <|Human|>: … <eoh>, <|MOSS|>: … <eom>, and <sup><|1|></sup> where a web page is quoted
 MOSS_MARKERS = re.compile(r"<sup><\|\d+\|></sup>|^\s*<\|(Human|MOSS)\|>:?|<eo[hmtcr]>\s*$")
+HUATUO_TURN = re.compile("(?:(问|答)[：:])?(.*)", re.DOTALL)
+HUATUO_SIDES = {"问": "user", "答": "assistant"}
 MOSS_SIDES = ("Human", "MOSS")
 MOSS_TOOLS = ("Commands", "Tool Responses")
 
@@ -95,10 +97,13 @@ def _prompt(row: Row) -> Messages:
 
 
 def _huatuo(row: Row) -> Messages:
-    """HuatuoGPT: ["问：…", "答：…", …]."""
-    texts = [re.sub("^(问|答)[：:]", "", text_of(turn, "data")).strip() for turn in list_of(row, "data")]
-    sides = ("user", "assistant")
-    return [{"role": sides[place % 2], "content": text} for place, text in enumerate(texts)]
+    """HuatuoGPT: ["问：…", "答：…", …]; a turn without its mark is the other side's."""
+    messages, role = [], "assistant"
+    for turn in list_of(row, "data"):
+        mark, text = HUATUO_TURN.fullmatch(text_of(turn, "data")).groups()
+        role = HUATUO_SIDES.get(mark) or ("user" if role == "assistant" else "assistant")
+        messages.append({"role": role, "content": text.strip()})
+    return messages
 
 
 def _moss(row: Row) -> Messages:

@@ -11,7 +11,7 @@ from sources.turns import Row, Unusable, any_messages, check_attachments, dialog
 
 # Better and worse answer: DPO sets and MedicalGPT; shibing624/medical; DPO-zh-en-emoji.
 PAIRS = [("chosen", "rejected"), ("response_chosen", "response_rejected"), ("answer_zh", "answer_en")]
-VERDICTS = ("label", "kto_tag")
+VERDICTS = {1: True, 0: False, "1": True, "0": False, "true": True, "false": False}  # True is 1, too
 SAME = "两个回答相同"
 
 
@@ -33,9 +33,9 @@ def to_record(row: Any) -> dict[str, Any]:
             if len(row["output"]) != 2:
                 raise Unusable("output 不是 [较好的回答, 较差的回答]")
             return _pair({k: v for k, v in row.items() if k != "output"}, *row["output"])
-        verdict = next((name for name in VERDICTS if isinstance(row.get(name), bool)), None)
-        if verdict:
-            return {**to_messages(row), "label": row[verdict]}
+        verdict = _verdict(row)
+        if verdict is not None:
+            return {**to_messages(row), "label": verdict}
         if not answered_format(tuple(row)) or "reference" in row:
             for reference in ("reference", "answer"):
                 if reference in row and prompt_format(tuple(row)):
@@ -51,6 +51,18 @@ def as_dialogue(record: dict[str, Any]) -> dict[str, Any]:
         return record
     answer = {"role": "assistant", "content": record["reference"]}
     return {**record, "messages": [*record["messages"], answer]}
+
+
+def _verdict(row: Row) -> bool | None:
+    """Whether the answer is a good one; None where no one says so. CSV files hold the verdict as text."""
+    for name in ("label", "kto_tag"):
+        value = row.get(name)
+        value = value.strip().lower() if isinstance(value, str) else value
+        if isinstance(value, str | int | float) and value in VERDICTS:
+            return VERDICTS[value]
+    if "kto_tag" in row:  # a `label` may be anything, a class for example
+        raise Unusable("kto_tag 不是 true 或 false")
+    return None
 
 
 def _prompt(row: Row) -> dict[str, Any]:

@@ -12,23 +12,19 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from sources.files import list_files
+from sources.files import CONTAINERS, list_files
 from sources.preferences import to_record
 from sources.records import Convert, DataSet, data_sets
 from sources.turns import Row, Unusable
 from stage import UserError
 
 HUBS = ("hf_hub_url", "ms_hub_url", "om_hub_url")
-# What a column is called that an entry without "columns" does not name.
-DEFAULTS = {
-    "alpaca": {"prompt": "instruction", "query": "input", "response": "output"},
-    "sharegpt": {"messages": "conversations"},
-}
-ALWAYS = {name: name for name in ("chosen", "rejected")}
 # LLaMA-Factory's name of a column -> the field that formats are told by
-FIELDS = {"prompt": "instruction", "query": "input", "response": "output", "kto_tag": "label"}
+FIELDS = {"prompt": "instruction", "query": "input", "response": "output"}
 FIELDS |= {name: name for name in ("history", "system", "tools", "images", "videos", "audios")}
-FIELDS |= {name: name for name in ("messages", "chosen", "rejected")}
+FIELDS |= {name: name for name in ("messages", "chosen", "rejected", "kto_tag")}
+REQUIRED = {"instruction", "messages", "output", "chosen", "rejected", "kto_tag"}  # where an entry names them
+TURNS = ("messages", "conversations", "conversation", "chosen", "rejected")  # fields that may hold messages
 TAGS = {
     "role_tag": "from",
     "content_tag": "value",
@@ -54,8 +50,8 @@ def find_data_sets(names: Iterable[str], registry: Path) -> list[DataSet]:
         for name in [given] if whole else filter(None, map(str.strip, given.split(","))):
             if name in entries:
                 found += registered(name, entries[name], registry)
-            elif Path(name).exists():
-                found += data_sets(Path(name))
+            elif Path(name).exists() or ("/" in name and Path(name).suffix.lower() in CONTAINERS):
+                found += data_sets(Path(name))  # says so where a file is missing
             elif name.count("/") == 1 and not name.startswith((".", "/")):
                 found.append(from_hub(name, name, {}, to_record))
             else:
@@ -125,49 +121,49 @@ def converter_of(name: str, entry: dict[str, Any], registry: Path) -> Convert:
         raise UserError(
             f"注册表 {registry} 的 {name}：formatting 应为 alpaca、sharegpt 或 openai，现在是 {formatting}。"
         )
-    if columns is None and not entry.get("ranking") and not entry.get("tags"):
-        return to_record  # told from the rows, which covers both defaults and more
     if columns is not None and not isinstance(columns, dict):
         raise UserError(f"注册表 {registry} 的 {name}：columns 应为对象。")
-    if columns is None:
-        columns = {**DEFAULTS["alpaca" if formatting == "alpaca" else "sharegpt"]}
-    if entry.get("ranking"):
-        columns = {**ALWAYS, **columns}
     # An empty string: there is no such column.
-    columns = {FIELDS[key]: str(column) for key, column in columns.items() if key in FIELDS and column}
-    labelled = "label" in columns
+    named = {FIELDS[key]: str(column) for key, column in (columns or {}).items() if key in FIELDS and column}
+    ranking = bool(entry.get("ranking"))
 
     def convert(row: Any) -> dict[str, Any]:
         if not isinstance(row, dict):
             raise Unusable("不是 JSON 对象")
-        ours = {field: row[column] for field, column in columns.items() if column in row}
-        missing = [column for field, column in columns.items() if field in REQUIRED and field not in ours]
-        if missing:
-            raise Unusable(f"没有注册表写明的列 {'、'.join(missing)}")
-        if labelled and not isinstance(ours.get("label"), bool):
-            raise Unusable("kto_tag 那一列不是 true 或 false")
-        for field in ("messages", "chosen", "rejected"):
-            if field in ours:
-                ours[field] = with_our_names(ours[field], tags)
-        return to_record(ours)
+        # Without columns the fields tell what a row is, which covers the defaults of both formats and more.
+        ours = dict(row) if columns is None else _named(row, named, ranking)
+        if entry.get("tags") or columns is not None:
+            ours |= {field: with_our_names(ours[field], tags) for field in TURNS if field in ours}
+        record = to_record(ours)
+        if ranking and "chosen" not in record:  # else a worse answer might be taken for a good one
+            raise Unusable("注册表写明 ranking，但没有较好与较差的两个回答")
+        return record
 
     return convert
 
 
-REQUIRED = {"instruction", "messages", "output", "chosen", "rejected", "label"}
+def _named(row: Row, columns: dict[str, str], ranking: bool) -> Row:
+    """The columns that an entry names, under our names; of preferences also the usual ones, if they are there."""
+    missing = [column for field, column in columns.items() if field in REQUIRED and column not in row]
+    if missing:
+        raise Unusable(f"没有注册表写明的列 {'、'.join(missing)}")
+    columns = {**({"chosen": "chosen", "rejected": "rejected"} if ranking else {}), **columns}
+    return {field: row[column] for field, column in columns.items() if column in row}
 
 
 def with_our_names(turns: Any, tags: dict[str, str]) -> Any:
     """A message, or a list of them, with its role and text under role and content; anything else as it is."""
-    if isinstance(turns, list):
-        return [with_our_names(turn, tags) for turn in turns]
-    if not isinstance(turns, dict) or tags["role_tag"] not in turns:
-        return turns
-    role = turns[tags["role_tag"]]
+    return [_renamed(turn, tags) for turn in turns] if isinstance(turns, list) else _renamed(turns, tags)
+
+
+def _renamed(turn: Any, tags: dict[str, str]) -> Any:
+    if not isinstance(turn, dict) or tags["role_tag"] not in turn:
+        return turn
+    role = turn[tags["role_tag"]]
     named = {tags[tag]: ours for tag, ours in ROLES.items()}
-    rest = {"tool_calls": turns["tool_calls"]} if turns.get("tool_calls") else {}
+    rest = {"tool_calls": turn["tool_calls"]} if turn.get("tool_calls") else {}
     role = named.get(role, role) if isinstance(role, str) else role
-    return {"role": role, "content": turns.get(tags["content_tag"]), **rest}
+    return {"role": role, "content": turn.get(tags["content_tag"]), **rest}
 
 
 def from_hub(

@@ -9,6 +9,8 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+from sources.json_rows import BAD_TEXT, encodable
+
 Messages = list[dict[str, str]]
 Row = dict[str, Any]
 
@@ -31,6 +33,8 @@ class Unusable(Exception):
 def text_of(value: Any, field: str) -> str:
     """A field's text, stripped; of a list of OpenAI's parts, their texts a line each."""
     if isinstance(value, str):
+        if not encodable(value):  # half a surrogate pair, by an escape in a cell that holds JSON
+            raise Unusable(BAD_TEXT)
         return value.strip()
     if value is None or (isinstance(value, float) and math.isnan(value)):  # NaN: an empty cell of pandas
         return ""

@@ -50,6 +50,9 @@ def test_verdicts_and_references():
     assert to_record({"instruction": "问", "output": "答", "kto_tag": True})["label"] is True
     assert to_record({"prompt": "问", "completion": "答", "label": True})["messages"] == [Q, A]
     assert "label" not in to_record({"instruction": "问", "output": "答", "label": "类别"})
+    for value, label in [(0, False), ("False", False), ("0", False), (1.0, True), ("true", True)]:
+        for name in ("label", "kto_tag"):
+            assert to_record({"instruction": "问", "output": "答", name: value})["label"] is label
     record = to_record({"question": "问", "answer": "答"})
     assert record == {"messages": [Q], "reference": "答"} and as_dialogue(record)["messages"] == [Q, A]
 
@@ -89,6 +92,11 @@ def test_moss_turns_in_the_order_of_their_numbers(tmp_path):
     assert record["system"] == "你是 MOSS" and record["source"] == "moss"
 
 
+def test_huatuo_turns_are_told_by_their_marks():
+    record = to_record({"data": ["问：甲", "问：乙", "答：丙", "丁", "戊"]})
+    assert [m["content"] for m in record["messages"]] == ["甲\n乙", "丙", "丁", "戊"]
+
+
 def test_what_is_mended_is_said():
     turns = [
         said("system", "甲"),
@@ -125,6 +133,8 @@ def test_what_is_mended_is_said():
         ({"chosen": "好", "rejected": "坏"}, "没有已知的提问字段"),
         ({"chat": {"turn_1": {"Human": "问"}}}, "MOSS"),
         ("一行文字", "不是 JSON 对象"),
+        ({"instruction": "问", "output": "答", "kto_tag": "坏"}, "kto_tag"),
+        ({"data": ["答：您好", "问：甲", "答：乙"]}, "以回答开头"),
     ],
 )
 def test_what_is_refused(row, reason):

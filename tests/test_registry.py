@@ -29,7 +29,8 @@ def registry(tmp_path):
         encoding="utf-8",
     )
     (tmp_path / "kto.json").write_text(
-        json.dumps([{"instruction": "问", "output": "答", "ok": 1}]), encoding="utf-8"
+        json.dumps([{"instruction": "问", "output": "答", "ok": ok} for ok in (2, None, "False", 1)]),
+        encoding="utf-8",
     )
     hub = tmp_path / "hub"
     hub.mkdir()
@@ -87,7 +88,53 @@ def test_role_names_rankings_verdicts(registry):
     }
     assert records[1] == {"messages": [{"role": "user", "content": "问"}], "chosen": "好", "rejected": "坏"}
     records, aside = read(registry, "judged")
-    assert not records and "kto_tag" in aside.examples[0]["reason"]
+    assert [record["label"] for record in records] == [False, True] and len(aside) == 2
+    assert "kto_tag" in aside.examples[0]["reason"]
+
+
+TAGGED = {"role_tag": "who", "content_tag": "says", "user_tag": "病人", "assistant_tag": "医生"}
+ASKED, GOOD = {"who": "病人", "says": "问"}, {"who": "医生", "says": "好"}
+BAD = {"who": "医生", "says": "坏"}
+PROMPT = {"prompt": "instruction", "query": "input"}
+
+
+@pytest.mark.parametrize(
+    ("entry", "row"),
+    [
+        ({}, {"instruction": "问", "input": "", "output": ["好", "坏"]}),
+        ({"columns": {**PROMPT, "response": "output"}}, {"instruction": "问", "output": ["好", "坏"]}),
+        ({}, {"instruction": "问", "input": "", "chosen": "好", "rejected": "坏"}),
+        ({"columns": PROMPT}, {"instruction": "问", "chosen": "好", "rejected": "坏"}),
+        (
+            {"formatting": "sharegpt", "tags": TAGGED},
+            {"conversations": [ASKED], "chosen": GOOD, "rejected": BAD},
+        ),
+    ],
+)
+def test_rankings_need_only_the_columns_that_are_named(tmp_path, entry, row):
+    rows = [row, {"instruction": "问", "output": "不知好坏"}]
+    (tmp_path / "cmp.json").write_text(json.dumps(rows), encoding="utf-8")
+    entries = {"cmp": {"file_name": "cmp.json", "ranking": True, **entry}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(entries), encoding="utf-8")
+    records, aside = read(tmp_path / "dataset_info.json", "cmp")
+    assert records == [{"messages": [{"role": "user", "content": "问"}], "chosen": "好", "rejected": "坏"}]
+    assert len(aside) == 1
+
+
+def test_role_names_without_columns_and_deep_nesting(tmp_path):
+    lines = [json.dumps({"messages": [ASKED, GOOD]}), '{"conversations": ' + "[" * 900 + "]" * 900 + "}"]
+    (tmp_path / "talk.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    entry = {"file_name": "talk.jsonl", "formatting": "sharegpt"}
+    entries = {
+        "tags": {**entry, "tags": TAGGED},
+        "columns": {**entry, "columns": {"messages": "conversations"}},
+    }
+    (tmp_path / "dataset_info.json").write_text(json.dumps(entries), encoding="utf-8")
+    records, aside = read(tmp_path / "dataset_info.json", "tags")
+    assert [[m["content"] for m in record["messages"]] for record in records] == [["问", "好"]]
+    assert len(aside) == 1
+    records, aside = read(tmp_path / "dataset_info.json", "columns")
+    assert not records and len(aside) == 2
 
 
 def test_plain_paths_and_commas(registry):
@@ -98,7 +145,13 @@ def test_plain_paths_and_commas(registry):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("damaged", "0000"), ("carefull", "careful"), ("script", "file_name"), ("lost", "missing.json")],
+    [
+        ("damaged", "0000"),
+        ("carefull", "careful"),
+        ("script", "file_name"),
+        ("lost", "missing.json"),
+        ("so/typo.json", "找不到 so/typo.json"),
+    ],
 )
 def test_mistakes_are_named(registry, name, message):
     with pytest.raises(UserError, match=message):

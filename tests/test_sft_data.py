@@ -243,6 +243,25 @@ def test_its_own_output_can_be_read_again(tmp_path):
     assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()
 
 
+def test_what_an_earlier_run_wrote_does_not_stay(tmp_path):
+    pair = {"instruction": QUESTION, "chosen": "好", "rejected": "坏"}
+    for name, rows in {"sft": [alpaca()], "preference": [pair]}.items():
+        (tmp_path / f"{name}.in").write_text(json.dumps(rows), encoding="utf-8")
+    (tmp_path / "kto.jsonl").write_text("no output of ours", encoding="utf-8")
+    files = {"sft": "sft_data.csv", "preference": "preference.jsonl"}
+    for name in ("sft", "preference", "sft"):
+        result = process("--data", tmp_path / f"{name}.in", "--out", tmp_path / "sft_data.csv")
+        assert result.returncode == 0, result.stderr
+        assert [file for file in files.values() if (tmp_path / file).exists()] == [files[name]]
+    assert "preference.jsonl" in result.stdout and (tmp_path / "kto.jsonl").exists()
+    # What is read is never removed.
+    process("--data", tmp_path / "preference.in", "--out", tmp_path / "sft_data.csv")
+    flat = [{"instruction": QUESTION, "output": ANSWER}]
+    (tmp_path / "preference.jsonl").write_text(json.dumps(flat[0]), encoding="utf-8")
+    process("--data", tmp_path / "preference.jsonl", "--out", tmp_path / "sft_data.csv")
+    assert (tmp_path / "preference.jsonl").exists() and (tmp_path / "sft_data.csv").exists()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -20,6 +20,7 @@ from model import ModelArgs
 from sources.report import settings
 from stage import ROOT, StageConfig, UserError, require, run_stage
 from training import checkpoint
+from training.adapter_files import is_adapter
 from training.plain import check_replaceable, write_plain
 from training.step_folder import verify
 from training.tensor_files import TensorFiles
@@ -90,6 +91,11 @@ def open_source(path: Path) -> Source:
     """Open a checkpoint; Damaged if its weights are not as they were written."""
     if path.is_file():
         raise UserError(f"{path} 没有记录形状与词表；请给出检查点文件夹。")
+    if is_adapter(path):
+        raise UserError(
+            f"{path} 是适配器，不是完整的模型；几个适配器按权重相加请用 python merge.py --adapters … --weights …，"
+            "或先各自合并再平均。"
+        )
     args, tokenizer = checkpoint.read_args(path), load_tokenizer(path)
     if checkpoint.read_hf_config(path) is not None:
         weights = checkpoint.read_weights(path)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from chatglm_tokenizer import chat, chat_template, templated
+from chatglm_tokenizer import chat, chat_template, hf_tokenizer, messages, templated
 from chatglm_tokenizer.base import Tokenizer
 from sources import sft_csv
 from sources.aside import SetAside
@@ -28,7 +28,8 @@ from training.step_folder import checksum
 
 BLOCK = 4096  # rows that are tokenised together
 # A change here makes other tokens.
-CODE = [Path(__file__), *(Path(module.__file__) for module in (chat, templated, chat_template, sft_csv))]
+MODULES = (chat, messages, templated, chat_template, hf_tokenizer, sft_csv)
+CODE = [Path(__file__), *(Path(module.__file__) for module in MODULES)]
 FILES = {
     "ids": np.dtype("<i4"),  # of all samples, one behind the other
     "bears_loss": np.dtype("?"),  # of each id: whether it is to be predicted
@@ -179,6 +180,9 @@ def describe(path: Path, tokenizer: Tokenizer, max_len: int) -> dict[str, object
         "code": [checksum(file) for file in CODE],
         "tokenizer": tokenizer.sha256,
         "chat_template": tokenizer.chat_template,
+        "template_names": tokenizer.template_names,
+        "special_tokens": tokenizer.special_tokens,
+        "stop_ids": tokenizer.stop_ids,
         "max_len": max_len,
     }
 

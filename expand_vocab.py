@@ -2,7 +2,8 @@
 
 python expand_vocab.py --base chatglm_tokenizer/tokenizer.model --add data/tokenizer.model --text data/clean
 python expand_vocab.py --init out/pretrain --add data/tokenizer.model --out out/expanded
-python data_process.py --tokenizer out/expanded/tokenizer.model && python pretrain.py --init out/expanded
+python data_process.py --tokenizer out/expanded/tokenizer.model
+python pretrain.py --init out/expanded --out out/continued
 """
 
 import subprocess

@@ -9,10 +9,12 @@ from pathlib import Path
 
 from torch import nn
 
+from model import ModelArgs
 from sources.report import settings
 from stage import ROOT, StageConfig, UserError, require, run_stage
 from training import adapter_files, checkpoint
 from training.plain import check_replaceable, write_plain
+from training.step_folder import CHECKSUMS
 
 
 @dataclass
@@ -45,6 +47,7 @@ def main(cfg: Config) -> None:
     start = checkpoint.load_base(adapters[0], cfg.base, cfg.tokenizer)
     for adapter in adapters:
         adapter_files.check_base(adapter, start.model, start.path)
+        warn_of_context(adapter.path, start.model.args)
     if cfg.untie and start.model.args.tie_embeddings:
         untie(start.model)
     shares = cfg.weights or (1.0,) * len(adapters)
@@ -52,6 +55,19 @@ def main(cfg: Config) -> None:
     write_plain(cfg.out, start.model.args, start.model.state_dict(), start.tokenizer.files, settings(cfg))
     listed = "、".join(f"{share:g} × {folder}" for share, folder in zip(shares, folders, strict=True))
     print(f"{start.path} + {listed} -> {cfg.out}")
+
+
+def warn_of_context(folder: Path, args: ModelArgs) -> None:
+    """Say so if adapters were trained with another context than the merged model has, which is the first one's."""
+    if not (folder / CHECKSUMS).is_file():  # not ours: it does not say
+        return
+    theirs = checkpoint.read_args(folder)
+    for name in ("max_seq_len", "rope_theta", "rope_scaling"):
+        if getattr(theirs, name) != getattr(args, name):
+            print(
+                f"提示：{folder} 是在 {name}={getattr(theirs, name)} 下训练的，合并后的模型用第一个适配器的 "
+                f"{getattr(args, name)}。"
+            )
 
 
 def untie(model: nn.Module) -> None:

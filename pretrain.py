@@ -222,8 +222,8 @@ def make_evaluate(
     cfg: Config, args: ModelArgs, tokenizer: Tokenizer, runtime: rt.Runtime
 ) -> Callable[[Transformer], dict[str, float]]:
     """A function that measures loss (nats per token) and bits per byte on fixed windows of cfg.valid."""
-    needed = 2 * (args.max_seq_len + 1)  # bytes of a window of uint16
-    if not cfg.valid.exists() or cfg.valid.stat().st_size < needed:
+    width = np.dtype(read_sidecar(cfg.valid).get("dtype", "uint16")).itemsize  # bytes of a token
+    if not cfg.valid.exists() or cfg.valid.stat().st_size < width * (args.max_seq_len + 1):
         runtime.print(f"没有验证文件 {cfg.valid}，或它不足一个窗口：不做验证。")
         return lambda model: {}
     windows = TokenWindows([cfg.valid], args.max_seq_len, tokenizer, cfg.document_mask)
@@ -261,7 +261,8 @@ def make_sample(
         if hasattr(model.norm.weight, "full_tensor"):  # a DTensor: no process has a whole layer
             runtime.print("权重分片时不做续写；训练后可用 python eval_pretrain.py 看。")
             return []
-        news = generate(model, prompts, Sampling(SAMPLE_TOKENS, temperature=0), tokenizer.stop_ids)
+        greedy = Sampling(SAMPLE_TOKENS, temperature=0)
+        news = generate(model, prompts, greedy, tokenizer.stop_ids, vocab_size=tokenizer.vocab_size)
         texts = zip(map(tokenizer.decode, prompts), map(tokenizer.decode, news), strict=True)
         return [" ".join(f"【{prompt}】{new}".split()) for prompt, new in texts]
 

@@ -153,7 +153,8 @@ def compare(cfg: Config, loaded: checkpoint.Checkpoint, port: int) -> list[list]
 
 
 def greedy(cfg: Config, loaded: checkpoint.Checkpoint, ids: list[int], stop_ids: Sequence[int]) -> list[int]:
-    return generate(loaded.model, [ids], Sampling(cfg.max_new_tokens, temperature=0), stop_ids)[0]
+    sampling, vocab_size = Sampling(cfg.max_new_tokens, temperature=0), loaded.tokenizer.vocab_size
+    return generate(loaded.model, [ids], sampling, stop_ids, vocab_size=vocab_size)[0]
 
 
 def post(cfg: Config, port: int, path: str, content: dict[str, Any]) -> dict[str, Any]:

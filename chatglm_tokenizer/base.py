@@ -32,6 +32,11 @@ class Tokenizer:
         return self.vocab_size
 
     @property
+    def template_names(self) -> dict[str, str]:
+        """Control tokens that a chat template may write by a name such as `bos_token`."""
+        return {}
+
+    @property
     def files(self) -> dict[str, bytes]:
         """What a checkpoint keeps of this vocabulary, by file name."""
         raise NotImplementedError

@@ -72,6 +72,11 @@ class HFTokenizer(Tokenizer):
         return 1 + max([*vocabulary, *self.added, *written, *self.special_tokens.values()])
 
     @property
+    def template_names(self) -> dict[str, str]:
+        """Control tokens that a chat template may write by a name such as `bos_token`."""
+        return {k: v for k, v in self.settings.items() if k.endswith("_token") and isinstance(v, str)}
+
+    @property
     def files(self) -> dict[str, bytes]:
         """What a checkpoint keeps of this vocabulary; the model's own files, which it lacks, named the ids as well."""
         ids = {"bos_token_id": self.special_tokens["<bos>"], "eos_token_id": self.stop_ids}
@@ -100,10 +105,17 @@ class HFTokenizer(Tokenizer):
         return [np.array(row, np.int32) for row in rows]
 
     def broken(self, texts: Sequence[str]) -> tuple[list[str], str]:
-        """The texts with every name of a control token broken by a mark, and the mark."""
+        """The texts with every name of a control token broken by a mark, and the mark.
+
+        NotText where a name cannot be broken: one of a single character, or one that has another at its end.
+        """
         joined = "".join(texts)
         mark = next(character for character in MARKS if character not in joined)
-        return [self.control.sub(lambda m: m[0][:1] + mark + m[0][1:], text) for text in texts], mark
+        found = [self.control.sub(lambda m: m[0][:1] + mark + m[0][1:], text) for text in texts]
+        for text, marked in zip(texts, found, strict=True):
+            if self.control.search(marked):
+                raise NotText(f"a name of a control token cannot be encoded as text: {text[:40]!r}")
+        return found, mark
 
     def encode_marked(self, texts: Sequence[str], mark: str) -> list[list[int]]:
         """Ids of texts in which names of control tokens stand for the tokens, without those of the marks."""

@@ -22,8 +22,7 @@ class Written:
         texts, self.mark = tokenizer.broken([message["content"] for message in messages])
         self.messages = [{**m, "content": text} for m, text in zip(messages, texts, strict=True)]
         self.tokenizer, self.day = tokenizer, day
-        names = tokenizer.settings.items()
-        self.names = {k: v for k, v in names if k.endswith("_token") and isinstance(v, str)}
+        self.names = tokenizer.template_names
 
     def render(self, messages: Sequence[Message], answer_follows: bool) -> str:
         return render(self.tokenizer.chat_template, messages, self.names, answer_follows, self.day)

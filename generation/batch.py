@@ -141,16 +141,18 @@ def generate(
     sampling: Sampling | Sequence[Sampling],
     stop_ids: Sequence[int] = (),
     slots: int = 32,
+    vocab_size: int | None = None,
 ) -> list[list[int]]:
     """Continue prompts, up to `slots` of them together; returns each one's new ids, without the stop id.
 
     sampling: of all, or of each (stop strings are the engine's, which knows the vocabulary). Of a prompt that is too
-    long, the end is kept. A row ends at a stop id, after max_new_tokens, or when it fills max_seq_len.
+    long, the end is kept. A row ends at a stop id, after max_new_tokens, or when it fills max_seq_len. vocab_size:
+    as in `Batch`.
     """
     each = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
     was_training = model.training
     model.eval()
-    batch = Batch(model, min(slots, max(1, len(prompts))), stop_ids)
+    batch = Batch(model, min(slots, max(1, len(prompts))), stop_ids, vocab_size)
     waiting, rows = list(zip(prompts, each, strict=True))[::-1], []
     try:
         while waiting or batch.rows:

@@ -133,6 +133,18 @@ def test_control_tokens_come_from_the_template_alone(tokenizers, parts: list[str
         assert ours.decode(answered).count(text.strip().replace("▁", " ")) >= (2 if text.strip() else 0)
 
 
+def test_a_control_token_of_one_character_is_refused_in_a_text(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, "chatml")
+    content = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    content["added_tokens"].append({**content["added_tokens"][0], "content": "§", "id": 5000})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    ours = load_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="control token"):
+        encode_prompt([{"role": "user", "content": "a § b"}], ours, LONG)
+    with pytest.raises(ValueError, match="control token"):
+        ours.encode("a § b")
+
+
 def test_whole_texts_survive_with_names_of_control_tokens(tokenizers) -> None:
     ours, theirs = tokenizers["llama3"]
     text = "the token <|eot_id|> ends a turn<|begin_of_text|>"

@@ -99,6 +99,16 @@ def test_fifty_requests_that_come_and_go_get_what_they_get_alone(model, tokenize
     assert stats["running"] == stats["waiting"] == stats["errors"] == 0
 
 
+def test_rows_behind_the_vocabulary_are_never_generated(tokenizer) -> None:
+    padded = random_model(vocab_size=tokenizer.vocab_size + 3, max_seq_len=64)
+    padded.output.weight.data[: tokenizer.vocab_size] *= (
+        1e-3  # what is chosen is surely one of the last three
+    )
+    greedy = Sampling(8, temperature=0)
+    assert max(generate(padded, [[5, 6]], greedy)[0]) >= tokenizer.vocab_size
+    assert max(generate(padded, [[5, 6]], greedy, vocab_size=tokenizer.vocab_size)[0]) < tokenizer.vocab_size
+
+
 def test_a_long_prompt_does_not_stall_the_others(model) -> None:
     batch = Batch(model, 2)
     short = batch.add([5, 6], Sampling(50, temperature=0))

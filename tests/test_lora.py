@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import script, torchrun
-from hf_folders import write_llama, write_tokenizer
+from hf_folders import LLAMA3, write_llama, write_tokenizer
 from safetensors.torch import load_file, save_file
 
 import merge
@@ -243,10 +243,10 @@ def test_adapters_of_others_merge_and_a_tied_matrix_is_not_torn(own, tmp_path) -
     def foreign(folder: Path, targets: list[str], **options) -> Path:
         torch.manual_seed(3)
         config = peft.LoraConfig(
-            r=4, lora_alpha=6, target_modules=targets, init_lora_weights=False, **options
+            r=4, lora_alpha=6, target_modules=targets, **{"init_lora_weights": False, **options}
         )
         model = peft.get_peft_model(LlamaForCausalLM.from_pretrained(hf), config)
-        model.save_pretrained(folder, save_embedding_layers=False)
+        model.save_pretrained(folder)
         return folder
 
     # Ranks and alphas of single modules, as peft allows.
@@ -267,6 +267,35 @@ def test_adapters_of_others_merge_and_a_tied_matrix_is_not_torn(own, tmp_path) -
     untied = checkpoint.load(tmp_path / "untied").model
     assert not untied.args.tie_embeddings
     assert (logits(untied, 2600) - logits(in_peft(hf, torn), 2600)).abs().max() < 1e-4
+    # peft has saved the tables themselves too; they must be the base's.
+    saved = load_file(torn / "adapter_model.safetensors")
+    table = "base_model.model.lm_head.base_layer.weight"
+    saved[table] = saved[table] + 1
+    save_file(saved, torn / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="lm_head 训练时的原矩阵"):
+        merge_adapters("--adapters", torn, "--base", own, "--untie", "--out", tmp_path / "y")
+
+    for begin in ("pissa", "olora"):
+        changed = foreign(tmp_path / begin, ["q_proj"], init_lora_weights=begin)
+        with pytest.raises(UserError, match=begin):
+            merge_adapters("--adapters", changed, "--base", own, "--out", tmp_path / "z")
+
+
+def test_adapters_of_others_bring_their_vocabulary(llama, tmp_path) -> None:
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(llama)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "a")
+    options = ["--adapters", tmp_path / "a", "--base", llama, "--out"]
+    merge_adapters(*options, tmp_path / "plain")
+    assert checkpoint.load(tmp_path / "plain").tokenizer.chat_template == LLAMA3
+    write_tokenizer(tmp_path / "a", "llama3")
+    (tmp_path / "a" / "chat_template.jinja").write_text(LLAMA3 + "!")
+    merge_adapters(*options, tmp_path / "theirs")
+    assert checkpoint.load(tmp_path / "theirs").tokenizer.chat_template == LLAMA3 + "!"
+    merge_adapters(*options, tmp_path / "chosen", "--tokenizer", llama)
+    assert checkpoint.load(tmp_path / "chosen").tokenizer.chat_template == LLAMA3
 
 
 def test_answers_come_from_the_adapters(tuned) -> None:

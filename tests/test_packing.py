@@ -336,6 +336,13 @@ def test_what_tokens_depend_on_makes_new_ones_and_stale_ones_go(
     (tmp_path / "hf" / "tokenizer_config.json").write_text(json.dumps(config))
     load_samples(csv, load_tokenizer(tmp_path / "hf"), 24, SetAside())
     assert len(caches(csv)) == 3
+    # What ends an answer, and what the template's names stand for, is not in the vocabulary's own file.
+    (tmp_path / "hf" / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')
+    load_samples(csv, load_tokenizer(tmp_path / "hf"), 24, SetAside())
+    assert len(caches(csv)) == 4
+    (tmp_path / "hf" / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": "<unk>"}))
+    load_samples(csv, load_tokenizer(tmp_path / "hf"), 24, SetAside())
+    assert len(caches(csv)) == 5
     monkeypatch.setattr(dataset_sft_tokens, "CODE", [Path(__file__)])
     load_samples(csv, tokenizer, 24, SetAside())
     assert len(caches(csv)) == 1

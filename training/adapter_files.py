@@ -32,6 +32,7 @@ from training.tensor_files import TensorFiles
 KIND = "adapter_model"  # what a step folder has instead of `model`
 CONFIG, BASE = "adapter_config.json", "base.json"
 PREFIX = "base_model.model."
+BASE_LAYER = ".base_layer.weight"  # of a matrix that adapters stand beside
 SAME = (
     "r",
     "lora_alpha",
@@ -45,6 +46,8 @@ UNSUPPORTED = (
     "lora_bias", "trainable_token_indices", "target_parameters", "megatron_config", "eva_config", "corda_config",
     "alora_invocation_tokens", "arrow_config", "layer_replication",
 )  # fmt: skip
+# Ways to begin that change the base as well: what its own weights plus B A give is not what was trained.
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 PART = re.compile(
     r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.weight)?"
 )
@@ -153,6 +156,12 @@ def read(folder: Path) -> AdapterFolder:
     odd = [name for name in UNSUPPORTED if config.get(name)]
     if odd or config.get("bias", "none") != "none":
         raise UserError(f"{folder} 的适配器用了 {'、'.join(odd) or 'bias'}，不受支持。")
+    begin = config.get("init_lora_weights")
+    if isinstance(begin, str) and begin.lower().startswith(CHANGES_BASE):
+        raise UserError(
+            f"{folder} 的适配器以 {begin} 初始化，基座的权重也改了，不能并入原来的基座；请先用 peft 转成普通 LoRA："
+            "save_pretrained(..., path_initial_model_for_weight_conversion=初始的适配器)。"
+        )
     path = folder / f"{KIND}.safetensors"
     if not path.is_file():
         raise UserError(
@@ -226,6 +235,9 @@ def differences(adapter: AdapterFolder, weights: dict[str, Tensor], args: ModelA
     """By our names, in our order of rows: what adapters add to weights, whole matrices included."""
     modules: dict[str, dict[str, Tensor]] = {}
     for name, tensor in adapter.tensors.items():
+        if name.endswith(BASE_LAYER):
+            check_unchanged(adapter, name.removesuffix(BASE_LAYER), tensor, weights)
+            continue
         match = PART.fullmatch(name)
         module, part = (
             match.groups() if match else (re.sub(r"(\.modules_to_save)?\.weight$", "", name), "whole")
@@ -243,6 +255,20 @@ def differences(adapter: AdapterFolder, weights: dict[str, Tensor], args: ModelA
         except (KeyError, RuntimeError) as error:
             raise UserError(f"{adapter.path} 的 {module} 与模型不符：{str(error).splitlines()[0]}") from error
     return found
+
+
+def check_unchanged(adapter: AdapterFolder, module: str, saved: Tensor, weights: dict[str, Tensor]) -> None:
+    """UserError if the matrix that peft saves along with the adapters of a table is not the model's.
+
+    It does so of its own accord where embed_tokens or lm_head are among the targets, as it may have been resized
+    (https://huggingface.co/docs/peft/developer_guides/checkpoint).
+    """
+    weight = weights.get(f"{meta_name(module)}.weight")
+    if weight is None or weight.shape != saved.shape or not torch.equal(weight.to(saved.dtype), saved):
+        raise UserError(
+            f"{adapter.path} 存有 {module} 训练时的原矩阵，与模型的不同：基座不是同一个，或词嵌入的行数改过；"
+            "请用 --base 指定训练时的模型。"
+        )
 
 
 def scale_of(config: dict[str, Any], module: str, parts: dict[str, Tensor]) -> float:

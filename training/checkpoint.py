@@ -201,10 +201,17 @@ def load_base(
             f"找不到 {adapter.path} 的适配器所依附的模型 {base}；请把它放回原处，或用 "
             f"python merge.py --adapters {adapter.path} --base 它现在的位置 --out 新文件夹。"
         )
-    if not (adapter.path / CHECKSUMS).is_file():  # not ours: it has neither shape nor vocabulary of its own
-        return load(base, "cpu", tokenizer, None, change, weights)
+    if not (adapter.path / CHECKSUMS).is_file():  # not ours: it has no shape of its own
+        return load(base, "cpu", tokenizer or vocabulary_of(adapter.path), None, change, weights)
     args = read_args(adapter.path)
     return load(base, "cpu", tokenizer or adapter.path, args.n_heads, lambda _: change(args), weights)
+
+
+def vocabulary_of(folder: Path) -> Path | None:
+    """The folder, if the program that trained adapters has saved a vocabulary, and its chat format, with them."""
+    return (
+        folder if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")) else None
+    )
 
 
 def build(args: ModelArgs, weights: dict[str, Tensor], path: Path) -> Transformer:

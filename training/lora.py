@@ -20,6 +20,7 @@ from stage import StageConfig, UserError, require
 from training import adapter_files
 from training.runtime import Runtime
 from training.state import Adapters
+from training.step_folder import list_steps
 
 ATTENTION, FEED_FORWARD = ("wq", "wk", "wv", "wo"), ("w1", "w2", "w3")
 GROUPS = {"all": ATTENTION + FEED_FORWARD, "attention": ATTENTION, "ffn": FEED_FORWARD}
@@ -100,6 +101,11 @@ def prepare(model: Transformer, cfg: LoraConfig, runtime: Runtime, base: Path) -
         freeze_all_but(model, cfg.train_layers)
     if not cfg.adapts or cfg.estimate:
         return
+    if base in list_steps(base.parent):
+        runtime.print(
+            f"提示：适配器依附于 {base}；续训那个模型时 --keep_last 会删掉它，适配器就不能用了。"
+            "请先复制一份再 --init，或训练完就用 merge.py 合并。"
+        )
     targets = targets_of(cfg.lora_targets)
     model.adapters = Adapters(
         config=peft_config(cfg, [HF_NAMES[name] for name in targets], model.args, base),

@@ -24,6 +24,7 @@ from model import ModelArgs
 from stage import UserError, parse
 from training import checkpoint
 from training.context import ContextConfig
+from training.runtime import Runtime
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 L3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -408,6 +409,19 @@ def test_settings_that_do_not_go_together_are_refused(
     assert "不同" in failed.stderr
     estimate = script("pretrain.py", *options, "--estimate").stdout
     assert "参数" in estimate and not (tmp_path / "out").exists()
+
+
+def test_a_validation_file_of_less_than_a_window_is_not_used(
+    vocabulary: Path, tmp_path: Path, capsys
+) -> None:
+    valid, tokenizer = tmp_path / "valid.bin", load_tokenizer(vocabulary)
+    np.full(200, 5, np.uint32).tofile(valid)
+    valid.with_suffix(".json").write_text('{"dtype": "uint32"}')
+    args, runtime = ModelArgs(dim=8, n_heads=2, max_seq_len=256), Runtime(torch.device("cpu"), torch.float32)
+    evaluate = pretrain.make_evaluate(
+        parse(pretrain.Config, ["--valid", str(valid)]), args, tokenizer, runtime
+    )
+    assert evaluate(None) == {} and "不足一个窗口" in capsys.readouterr().out
 
 
 def test_a_new_model_takes_the_settings_of_its_context(tokens: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from conftest import script, torchrun
 from hf_folders import LLAMA3, write_llama, write_tokenizer
 from safetensors.torch import load_file, save_file
 
+import average
 import merge
 import pretrain
 import sft
@@ -219,7 +220,7 @@ def test_a_run_goes_on_with_what_it_began_with(tuned, rows, own, llama, tmp_path
     assert {f.name for f in out.glob("step_*")} == {"step_00000008"}  # nothing was set aside as damaged
 
 
-def test_several_adapters_add_up(tuned, tmp_path) -> None:
+def test_several_adapters_add_up(tuned, tmp_path, capsys) -> None:
     base, out = tuned["own-lora"]
     second = tuned["own-embed"][1]
     before = checkpoint.load(base).model.state_dict()
@@ -229,6 +230,14 @@ def test_several_adapters_add_up(tuned, tmp_path) -> None:
     for name, value in both.items():
         expected = before[name] + 0.7 * (one[name] - before[name]) + 0.3 * (two[name] - before[name])
         assert torch.allclose(value, expected, atol=1e-6)
+    shorter = shutil.copytree(checkpoint.find(second), tmp_path / "shorter")
+    shape = json.loads((shorter / "config.json").read_text())
+    (shorter / "config.json").write_text(json.dumps(shape | {"max_seq_len": 32}))
+    assert "提示" not in capsys.readouterr().out
+    merge_adapters("--adapters", out, shorter, "--out", tmp_path / "mixed")
+    assert "max_seq_len=32 下训练的" in capsys.readouterr().out
+    with pytest.raises(UserError, match="merge.py"):
+        average.main(parse(average.Config, ["--models", str(out), str(second)]))
     with pytest.raises(UserError, match="一一对应"):
         merge_adapters("--adapters", out, "--weights", 1, 2)
     with pytest.raises(UserError, match="没有适配器"):
@@ -385,7 +394,8 @@ def test_continued_pretraining_with_adapters(own, tokens, tmp_path, capsys) -> N
         "--precision", "fp32", "--lr", 3e-3, "--warmup", 0, "--log_every", 1, "--sample_every", 0,
     ]  # fmt: skip
     pretrain.main(parse(pretrain.Config, list(map(str, arguments))))
-    assert "训练其中" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "训练其中" in said and f"{own}；续训那个模型时 --keep_last 会删掉它" in said
     assert losses(tmp_path)[-1] < losses(tmp_path)[0] - 0.3
     merged = checkpoint.load(tmp_path).model
     assert merged.output.weight is merged.tok_embeddings.weight

@@ -236,7 +236,7 @@ def test_several_adapters_add_up(tuned, tmp_path, capsys) -> None:
     assert "提示" not in capsys.readouterr().out
     merge_adapters("--adapters", out, shorter, "--out", tmp_path / "mixed")
     assert "max_seq_len=32 下训练的" in capsys.readouterr().out
-    with pytest.raises(UserError, match="merge.py"):
+    with pytest.raises(UserError, match="是适配器"):
         average.main(parse(average.Config, ["--models", str(out), str(second)]))
     with pytest.raises(UserError, match="一一对应"):
         merge_adapters("--adapters", out, "--weights", 1, 2)

@@ -1,6 +1,5 @@
 """What was written, read back through another program and compared with the model that it came from."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,10 +9,11 @@ import torch
 from torch import Tensor
 
 from chatglm_tokenizer.base import Tokenizer
-from chatglm_tokenizer.chat import Message, encode_prompt
+from chatglm_tokenizer.chat import UNLIMITED, Message, encode_prompt
 from exchange import llamacpp
 from exchange.llama2c import read_llama2c
 from model import ModelArgs, Transformer
+from training import checkpoint
 from training.original_pth import args_from_weights, read_pth
 
 TEXTS = (
@@ -31,7 +31,6 @@ DIALOGUES: tuple[list[Message], ...] = (
         {"role": "user", "content": "Tell me about  Philosophy."},
     ],
 )
-NO_LIMIT = sys.maxsize
 LARGEST_DIFFERENCE = (
     1e-3  # of fp32 logits that another program computes; a wrong layout is off by whole units
 )
@@ -65,13 +64,15 @@ def check_hf(
     with torch.inference_mode():
         other = [theirs(torch.tensor([ids])).logits[0].numpy() for ids in prompts]
     ids = [fast(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
-    findings = [same_logits("transformers", logits_of(rounded(model, getattr(torch, dtype)), prompts), other)]
+    findings = [
+        same_logits("transformers", logits_of(rounded(model, getattr(torch, dtype), folder), prompts), other)
+    ]
     findings += [same_ids("AutoTokenizer", ids, tokenizer)]
     if template:
         chats = [
             fast.apply_chat_template(d, add_generation_prompt=True, return_dict=False) for d in DIALOGUES
         ]
-        expected = [encode_prompt(dialogue, tokenizer, NO_LIMIT) for dialogue in DIALOGUES]
+        expected = [encode_prompt(dialogue, tokenizer, UNLIMITED) for dialogue in DIALOGUES]
         findings.append(Finding("对话模板", f"{len(chats)} 段对话的 id", chats == expected))
     return findings
 
@@ -99,7 +100,7 @@ def check_gguf(path: Path, model: Transformer, tokenizer: Tokenizer, dtype: str)
     findings = [
         Finding("元数据", "、".join(wrong) or "形状相同", not wrong and same_factors),
         Finding("词表", f"{names_count:,} 个条目", names_count == model.args.vocab_size),
-        small_kl("gguf 包读回的权重", ours, logits_of(built(model.args, weights), prompts), dtype),
+        small_kl("gguf 包读回的权重", ours, logits_of(built(model.args, weights, path), prompts), dtype),
     ]
     python = llamacpp.find_python()
     if python is None:
@@ -119,7 +120,7 @@ def check_file(path: Path, model: Transformer) -> list[Finding]:
         args = args_from_weights(weights, path, model.args.n_heads)
     else:
         args, weights = read_llama2c(path)
-    theirs = built(args, weights)
+    theirs = built(args, weights, path)
     names = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "hidden_dim", "tie_embeddings")
     wrong = [name for name in names if asdict(args)[name] != asdict(model.args)[name]]
     state = theirs.state_dict()
@@ -130,22 +131,19 @@ def check_file(path: Path, model: Transformer) -> list[Finding]:
     ]
 
 
-def built(args: ModelArgs, weights: dict[str, Tensor]) -> Transformer:
-    """A model with these weights, the tied matrix under one name or both."""
-    model = Transformer(args).eval()
-    tied = {"output.weight": weights["tok_embeddings.weight"]} if args.tie_embeddings else {}
-    model.load_state_dict(weights | tied, strict=True)
-    return model
+def built(args: ModelArgs, weights: dict[str, Tensor], where: Path) -> Transformer:
+    """A model with these weights, the tied matrix under one name or both. where: the file, for messages."""
+    return checkpoint.build(args, checkpoint.with_tied(weights, args), where).eval()
 
 
-def rounded(model: Transformer, dtype: torch.dtype) -> Transformer:
+def rounded(model: Transformer, dtype: torch.dtype, where: Path) -> Transformer:
     """The model with its weights rounded to a type, computed in fp32."""
-    return built(model.args, {name: v.to(dtype).float() for name, v in model.state_dict().items()})
+    return built(model.args, {name: v.to(dtype).float() for name, v in model.state_dict().items()}, where)
 
 
 def prompts_of(model: Transformer, tokenizer: Tokenizer) -> list[list[int]]:
     """Ids of the texts and dialogues, as long as the model takes them."""
-    chats = [encode_prompt(dialogue, tokenizer, NO_LIMIT) for dialogue in DIALOGUES]
+    chats = [encode_prompt(dialogue, tokenizer, UNLIMITED) for dialogue in DIALOGUES]
     return [ids[: model.args.max_seq_len] for ids in [*map(tokenizer.encode, TEXTS), *chats]]
 
 

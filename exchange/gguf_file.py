@@ -17,9 +17,11 @@ from torch import Tensor
 
 from chatglm_tokenizer.base import Tokenizer
 from exchange.gguf_vocabulary import write_vocabulary
+from exchange.hf_weights import renamed
 from model import ModelArgs, Transformer
 from rope import rope_frequencies
 from stage import UserError
+from training.state import weights_of
 
 OUTSIDE = {"tok_embeddings": "token_embd", "norm": "output_norm", "output": "output"}
 INSIDE = {
@@ -116,12 +118,7 @@ def write_shape(writer: GGUFWriter, args: ModelArgs) -> None:
 
 def tensors_of(model: Transformer) -> dict[str, Tensor]:
     """The tensors of the file under GGUF's names; a tied matrix once."""
-    tied = model.args.tie_embeddings
-    weights = {
-        gguf_name(name): value.detach()
-        for name, value in model.state_dict().items()
-        if not (tied and name == "output.weight")
-    }
+    weights = {gguf_name(name): value.detach() for name, value in weights_of(model).items()}
     return rope_factors(model.args) | weights
 
 
@@ -135,11 +132,7 @@ def rope_factors(args: ModelArgs) -> dict[str, Tensor]:
 
 def gguf_name(meta_name: str) -> str:
     """GGUF's name of one of our weights."""
-    module, kind = meta_name.rsplit(".", 1)
-    if module in OUTSIDE:
-        return f"{OUTSIDE[module]}.{kind}"
-    _, layer, inside = module.split(".", 2)
-    return f"blk.{layer}.{INSIDE[inside]}.{kind}"
+    return renamed(meta_name, "layers", OUTSIDE, INSIDE, "blk")
 
 
 def type_of(key: str, tensor: Tensor, wanted: Type) -> Type:

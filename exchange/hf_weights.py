@@ -27,16 +27,16 @@ INSIDE = {
 
 def hf_name(meta_name: str) -> str:
     """Hugging Face's name of a weight or of the module that holds it; KeyError if the model has no such thing."""
-    return _renamed(meta_name, "layers", OUTSIDE, INSIDE, "model.layers")
+    return renamed(meta_name, "layers", OUTSIDE, INSIDE, "model.layers")
 
 
 def meta_name(hf_name: str) -> str:
     """Meta's name of a weight or of the module that holds it; KeyError if the model has no such thing."""
     outside, inside = ({theirs: ours for ours, theirs in names.items()} for names in (OUTSIDE, INSIDE))
-    return _renamed(hf_name, "model.layers", outside, inside, "layers")
+    return renamed(hf_name, "model.layers", outside, inside, "layers")
 
 
-def _renamed(name: str, layers: str, outside: dict[str, str], inside: dict[str, str], new_layers: str) -> str:
+def renamed(name: str, layers: str, outside: dict[str, str], inside: dict[str, str], new_layers: str) -> str:
     """The name with its known part replaced; what follows (`.weight`, `.lora_A.weight`) stays."""
     within = re.fullmatch(rf"{re.escape(layers)}\.(\d+)\.(.*)", name)
     names, rest = (inside, within[2]) if within else (outside, name)

@@ -22,10 +22,10 @@ import xxhash
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from exchange.hf_weights import from_hf_rows, hf_name, meta_name, permute
+from exchange.hf_weights import from_hf_rows, hf_name, meta_name, permute, unpermute
 from model import ModelArgs, Transformer
 from stage import UserError
-from training.state import adapters_of
+from training.state import adapters_of, weights_of
 from training.step_folder import verify
 from training.tensor_files import TensorFiles
 
@@ -70,12 +70,11 @@ def is_adapter(path: Path) -> bool:
 
 
 def fingerprint(model: Transformer) -> str:
-    """xxh3-128 of the weights' values in fp32, whatever kind of file they came from."""
-    digest, weights = xxhash.xxh3_128(), model.state_dict()
-    for name in sorted(weights):
-        if not (model.args.tie_embeddings and name == "output.weight"):
-            digest.update(name.encode())
-            digest.update(weights[name].float().contiguous().numpy())
+    """xxh3-128 of the values in fp32 of a model without adapters, whatever kind of file they came from."""
+    digest = xxhash.xxh3_128()
+    for name, weight in sorted(weights_of(model).items()):
+        digest.update(name.encode())
+        digest.update(weight.float().contiguous().numpy())
     return digest.hexdigest()
 
 
@@ -112,9 +111,7 @@ def reader(files: TensorFiles, args: ModelArgs) -> Callable[[str, int, int | Non
 
     def read(name: str, start: int, stop: int | None) -> Tensor:
         value, heads = files.read(file_name(name)), heads_of(name, args)
-        if heads:
-            value = value.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(value.shape)
-        return value[start:stop]
+        return (unpermute(value, heads) if heads else value)[start:stop]
 
     return read
 

@@ -1,6 +1,6 @@
 """What every vocabulary offers, and the parts of it that do not depend on the kind."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -67,18 +67,6 @@ class Tokenizer:
     def decode(self, ids: int | Sequence[int]) -> str:
         """Text of ids; control tokens give nothing. Raises ValueError for an id outside the vocabulary."""
         raise NotImplementedError
-
-    def decode_stream(self, ids: Iterator[int]) -> Iterator[str]:
-        """Text of ids as they come; a character of several byte pieces is held back until it is whole."""
-        seen: list[int] = []
-        shown = ""
-        for token in ids:
-            seen.append(token)
-            text = self.decode(seen)
-            if not text.endswith("\ufffd"):
-                yield text[len(shown) :]
-                shown = text
-        yield self.decode(seen)[len(shown) :]
 
     def bytes_per_token(self) -> np.ndarray:
         """UTF-8 bytes that each id stands for, (vocab_size,) int64: what bits per byte are counted with."""

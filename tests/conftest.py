@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from chatglm_tokenizer.base import Tokenizer
 from chatglm_tokenizer.tokenization_chatglm import ChatGLMTokenizer
+from generation.text import TextStream
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -85,3 +87,9 @@ def torchrun(processes: int, name: str, *arguments: object) -> subprocess.Comple
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def streamed(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    """The text of ids in the pieces in which it is streamed."""
+    stream = TextStream(tokenizer)
+    return [*map(stream.push, ids), stream.finish()]

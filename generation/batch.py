@@ -83,11 +83,9 @@ class Batch:
         reading = [i for i, row in enumerate(self.rows) if row.is_reading]
         if reading:
             self.read(self.choose(reading))
-        going = [
-            i for i, row in enumerate(self.rows) if row.ids and not row.finish_reason and not row.is_reading
-        ]
         # Those that got their first token just now wait for the others of the next step.
-        going = [i for i in going if i not in reading]
+        old = (i for i in range(len(self.rows)) if i not in reading)
+        going = [i for i in old if self.rows[i].ids and not self.rows[i].finish_reason]
         if going:
             self.forward(going, [self.rows[i].ids[-1:] for i in going])
         return [self.rows[i] for i in (*going, *reading) if self.rows[i].ids]

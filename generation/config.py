@@ -20,7 +20,7 @@ class InferenceConfig(StageConfig):
     n_heads: int | None = None  # 原项目 .pth 的注意力头数；公布过的规模不必填
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # 设备；auto 有显卡就用显卡
     precision: Precision = "auto"  # 权重与计算的精度；auto：硬件擅长 bf16 就用，否则 fp32
-    quantise: Quantise | None = None  # 权重量化为 8 或 4 位整数（其余用 bf16）：更快更省内存，困惑度略升
+    quantise: Quantise | None = None  # 权重量化为 8 或 4 位整数：更快更省内存，困惑度略升
     threads: int | None = None  # CPU 线程数；默认由 torch 决定，机器忙时少些更快
     max_new_tokens: int = 128  # 最多生成多少 token
     temperature: float = 0.0  # 0 总取最可能的 token；越大越随机

@@ -220,16 +220,12 @@ class Engine:
                 self._end(answer, "cancelled")
             while self.waiting and len(self.running) < self.batch.slots:
                 answer = self.waiting.popleft()
+                row = self.batch.add(answer.prompt, answer.sampling)
                 try:
-                    row = self.batch.add(answer.prompt, answer.sampling)
-                    running = Running(answer, row, self.tokenizer)
+                    self.running.append(Running(answer, row, self.tokenizer))
                 except Exception as error:  # this request ends; the engine goes on
-                    self.batch.rows = [
-                        r for r in self.batch.rows if r in [known.row for known in self.running]
-                    ]
+                    self.batch.remove(row)
                     self._end(answer, "error", f"{type(error).__name__}: {error}")
-                else:
-                    self.running.append(running)
         return True
 
     def _step(self) -> None:

@@ -99,10 +99,6 @@ def install(app: FastAPI, names: set[str]) -> None:
         message = reasons.get(error.status_code, str(error.detail))
         return ApiError(error.status_code, message, headers=error.headers).response()
 
-    async def unexpected(request: Request, error: Exception) -> JSONResponse:
-        return ApiError(500, "服务器内部错误，详见服务器的输出", "internal_error").response()
-
     app.add_exception_handler(ApiError, known)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
-    app.add_exception_handler(Exception, unexpected)

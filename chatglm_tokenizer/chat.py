@@ -13,6 +13,8 @@ from chatglm_tokenizer.messages import Message as Message  # part of what this m
 from chatglm_tokenizer.messages import split_turns
 from chatglm_tokenizer.templated import encode_by_template, prompt_by_template
 
+UNLIMITED = 1 << 62  # a max_len that every dialogue fits into
+
 # The same format as Jinja, for other programs (https://huggingface.co/docs/transformers/chat_templating): rendered and
 # tokenised as one string it gives the ids of `encode_prompt`. Each text is encoded by itself here, so it begins with
 # the space that SentencePiece puts before a text. There the tokenizer puts it behind control tokens; between the
@@ -120,6 +122,8 @@ def encode_turns(
         (tokenizer.encode(user) + [bos], [] if answer is None else tokenizer.encode(answer) + [eos])
         for user, answer in turns
     ]
-    while len(encoded) > 1 and len(head) + sum(len(p) + len(a) for p, a in encoded) > max_len:
-        encoded.pop(0)
-    return head, encoded
+    length, left_out = len(head) + sum(len(p) + len(a) for p, a in encoded), 0
+    while left_out < len(encoded) - 1 and length > max_len:
+        length -= sum(map(len, encoded[left_out]))
+        left_out += 1
+    return head, encoded[left_out:]

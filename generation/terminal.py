@@ -8,11 +8,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from chatglm_tokenizer.base import Tokenizer
-from chatglm_tokenizer.chat import Message, encode_prompt
+from chatglm_tokenizer.chat import UNLIMITED, Message, encode_prompt
 from generation.engine import Answer, Engine
 from generation.sampling import Sampling
 
-UNLIMITED = 1 << 30  # tokens
 HELP = """输入问题后回车；回答时按 Ctrl-C 停止这一条回答。命令：
   /clear 清空历史    /regen 重新回答上一问    /system 文字 设定系统提示（不带文字则取消）
   /stats 显示或隐藏速度    /help 帮助    /exit 退出"""

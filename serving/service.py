@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from chatglm_tokenizer.base import NotText
-from chatglm_tokenizer.chat import encode_prompt
+from chatglm_tokenizer.chat import UNLIMITED, encode_prompt
 from generation.engine import Answer, Busy, Engine
 from generation.sampling import Sampling
 from serving.errors import CONTEXT, ApiError
@@ -33,6 +33,7 @@ class Service:
         self.engine: Engine | None = None
         self.is_closing = False
         self.fingerprint, self.context = "", 0
+        self.token_texts: dict[int, tuple[str, list[int] | None]] = {}
 
     def open(self, loaded: Checkpoint, engine: Engine) -> None:
         """Begin to answer."""
@@ -95,7 +96,7 @@ class Service:
         try:
             messages = alternating(request.messages)
             if self.strict_context:
-                ids = encode_prompt(messages, self.tokenizer, 10**9)
+                ids = encode_prompt(messages, self.tokenizer, UNLIMITED)
                 self.check_room(len(ids), wanted or 1, "messages")
             else:
                 # The answer that was asked for may take half of the context from the dialogue, what is merely the
@@ -126,7 +127,13 @@ class Service:
             raise ApiError(400, text, CONTEXT, param)
 
     def token_text(self, token: int) -> tuple[str, list[int] | None]:
-        """A token as log-probabilities name it, and its bytes: part of a character is `bytes:\\xe4`, as at OpenAI."""
+        """A token as log-probabilities name it, and its bytes; worked out once, as many answers name the same ones."""
+        if token not in self.token_texts:
+            self.token_texts[token] = self.make_token_text(token)
+        return self.token_texts[token]
+
+    def make_token_text(self, token: int) -> tuple[str, list[int] | None]:
+        """What `token_text` gives: part of a character is `bytes:\\xe4`, as at OpenAI."""
         special = {i: name for name, i in self.tokenizer.special_tokens.items()}
         if token in special:
             return special[token], None

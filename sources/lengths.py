@@ -7,13 +7,12 @@ from typing import Any
 import numpy as np
 
 from chatglm_tokenizer.base import Tokenizer
-from chatglm_tokenizer.chat import encode_chats
+from chatglm_tokenizer.chat import UNLIMITED, encode_chats
 from sources.turns import Messages
 from stage import atomic_path
 
 PERCENTILES = (1, 10, 50, 90, 99, 100)
 HEADER = ["长度", "最短", *(f"{p}%" for p in PERCENTILES[:-1]), "最长", "平均"]
-NO_LIMIT = 1 << 62  # tokens
 AT_ONCE = 1000  # dialogues whose texts are encoded together
 BINS = 60
 
@@ -32,7 +31,7 @@ def token_counts(dialogues: Sequence[Messages], tokenizer: Tokenizer) -> np.ndar
     """
     counts = np.zeros((len(dialogues), 2), np.int64)
     for start in range(0, len(dialogues), AT_ONCE):
-        for row, encoded in enumerate(encode_chats(dialogues[start : start + AT_ONCE], tokenizer, NO_LIMIT)):
+        for row, encoded in enumerate(encode_chats(dialogues[start : start + AT_ONCE], tokenizer, UNLIMITED)):
             if isinstance(encoded, tuple):
                 counts[start + row] = len(encoded[0]), sum(encoded[1])
     return counts

@@ -75,9 +75,14 @@ class RMSNorm(nn.Module):
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
     """Rotate each pair (x[2i], x[2i+1]) by its position's angle.
 
-    x: (B, T, heads, D). rope: (B or 1, T, D/2, 2).
+    x: (B, T, heads, D). rope: (B or 1, T, D/2, 2), cosines and sines in fp32.
     """
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)  # (B, T, heads, D/2)
+    pairs = x.unflatten(-1, (-1, 2))  # (B, T, heads, D/2, 2)
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        # A complex product reads memory in order, which is three to eight times as fast (docs/LOG.md).
+        angles = torch.view_as_complex(rope).unsqueeze(2)  # (B or 1, T, 1, D/2)
+        return torch.view_as_real(torch.view_as_complex(pairs.float()) * angles).flatten(-2).type_as(x)
+    even, odd = pairs.unbind(-1)  # (B, T, heads, D/2)
     cos, sin = rope.to(x.dtype).unsqueeze(2).unbind(-1)  # (B or 1, T, 1, D/2)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
 
@@ -211,7 +216,7 @@ class Transformer(nn.Module):
             raise ValueError(f"{T} tokens exceed max_seq_len={limit}")
         rope, mask = self.rope[None, :T], None  # (1, T, D/2, 2)
         if cache is not None:
-            rope = self.rope[cache.positions].to(self.norm.weight.dtype)  # (B, T, D/2, 2)
+            rope = self.rope[cache.positions]  # (B, T, D/2, 2)
             mask = cache.mask  # (B, 1, T, S)
         elif documents is not None:
             rope = self.rope[document_positions(documents)]  # (B, T, D/2, 2)

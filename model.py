@@ -69,7 +69,11 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).type_as(x)
+        exact, weight = x.float(), self.weight.float()
+        if x.device.type == "cpu":  # where F.rms_norm is a dozen operations instead of one
+            mean_square = torch.linalg.vecdot(exact, exact) / len(weight)
+            return (exact * torch.rsqrt(mean_square + self.eps).unsqueeze(-1) * weight).type_as(x)
+        return F.rms_norm(exact, weight.shape, weight, self.eps).type_as(x)
 
 
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
@@ -117,12 +121,14 @@ class Attention(nn.Module):
         self.wk = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
         self.wv = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
         self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
+        self.joined: nn.Module | None = None  # wq, wk and wv as one layer (generation/prepare.py)
 
     def forward(self, x: Tensor, rope: Tensor, cache: Cache | None, mask: Tensor | None) -> Tensor:
         D = self.args.head_dim
-        q = apply_rope(self.wq(x).unflatten(-1, (-1, D)), rope)  # (B, T, H, D)
-        k = apply_rope(self.wk(x).unflatten(-1, (-1, D)), rope)  # (B, T, K, D)
-        v = self.wv(x).unflatten(-1, (-1, D))  # (B, T, K, D)
+        q, k, v = self.joined(x) if self.joined else (self.wq(x), self.wk(x), self.wv(x))
+        q = apply_rope(q.unflatten(-1, (-1, D)), rope)  # (B, T, H, D)
+        k = apply_rope(k.unflatten(-1, (-1, D)), rope)  # (B, T, K, D)
+        v = v.unflatten(-1, (-1, D))  # (B, T, K, D)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, S, K, D)
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # (B, H or K, T or S, D)
@@ -147,9 +153,11 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(args.hidden_dim, args.dim, bias=False)
         self.w3 = nn.Linear(args.dim, args.hidden_dim, bias=False)
         self.dropout = nn.Dropout(args.dropout)
+        self.joined: nn.Module | None = None  # w1 and w3 as one layer (generation/prepare.py)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+        gate, up = self.joined(x) if self.joined else (self.w1(x), self.w3(x))  # (B, T, hidden_dim) each
+        return self.dropout(self.w2(F.silu(gate) * up))
 
 
 class TransformerBlock(nn.Module):

@@ -11,7 +11,7 @@ from stage import DEMO_DIR, ROOT, UserError
 OUR_OUTPUTS = (DEMO_DIR, ROOT / "data" / "clean")
 # Files that lie beside data sets but are not data to be read as text; .bin files hold tokens.
 NOT_TEXT = {".bin", ".md", ".model", ".pdf", ".png", ".jpg", ".jpeg", ".pth", ".py", ".safetensors"}
-NOT_DATA = {"readme", "license", "report"}
+NOT_DATA = {"readme", "license", "report", "dataset_info"}
 CONTAINERS = {".gz", ".zst", ".zip", ".json", ".jsonl", ".ndjson", ".txt", ".csv", ".parquet", ".bin"}
 
 

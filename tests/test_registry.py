@@ -137,6 +137,19 @@ def test_role_names_without_columns_and_deep_nesting(tmp_path):
     assert not records and len(aside) == 2
 
 
+def test_nulls_are_no_settings_and_tags_must_be_names(tmp_path):
+    (tmp_path / "a.json").write_text('[{"instruction": "问", "output": "答"}]', encoding="utf-8")
+    nothing = dict.fromkeys(["columns", "tags", "formatting", "ranking", "num_samples", "hf_hub_url"])
+    entries = {"null": {"file_name": "a.json", **nothing}, "list": {"file_name": "a.json", "tags": ["role"]}}
+    path = tmp_path / "dataset_info.json"
+    path.write_text(json.dumps(entries), encoding="utf-8")
+    assert len(read(path, "null")[0]) == 1
+    with pytest.raises(UserError, match="tags 应为对象"):
+        find_data_sets(["list"], path)
+    records, aside = read(path, str(tmp_path))  # the folder itself: the registry is no data
+    assert len(records) == 1 and not len(aside)
+
+
 def test_plain_paths_and_commas(registry):
     assert (
         len(read(registry, "careful, talk", str(registry.parent / "pairs.json"))[1]) == 200

@@ -145,6 +145,16 @@ def test_sft_csv_by_hand(tmp_path):
     assert list(read_sft_csv(path, aside)) == [] and "history" in aside.examples[-1]["reason"]
 
 
+def test_a_quote_without_its_partner_is_told(tmp_path):
+    """Else the rest of a file would silently be one cell."""
+    path, head = tmp_path / "sft.csv", 'prompt,answer\n问,"多\n行"\n'
+    for end, bad in [("", 0), ('问,"答\n问,答\n问,答', 1), ('问,答,"', 1), ('"问', 1), ('问,"答\ud800"', 0)]:
+        path.write_text(head + end, encoding="utf-8", errors="replace")
+        aside = SetAside()
+        assert len(read_csv(path, aside)) == 2 - bad - (not end) and len(aside) == bad
+        assert all("双引号" in example["reason"] and example["row"] == 2 for example in aside.examples)
+
+
 # --- the command line ---
 
 

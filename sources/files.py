@@ -39,6 +39,14 @@ def list_files(path: Path, skip: Iterable[Path] = OUR_OUTPUTS) -> list[Path]:
     return files
 
 
+def check_kept(written: Iterable[Path], inputs: Iterable[Path]) -> None:
+    """Raise UserError if what is written beside an output would replace a file that is read."""
+    kept = {file.resolve() for file in inputs}
+    for path in written:
+        if path.resolve() in kept:
+            raise UserError(f"要写的 {path} 正是输入文件，会被覆盖；请用 --out 换一个文件夹或名字。")
+
+
 def source_name(file: Path, root: Path) -> str:
     """The data set a file belongs to: its top folder (or zip archive) below `root`, otherwise its own stem."""
     parts = file.relative_to(root).parts if file != root else (file.name,)
@@ -72,15 +80,16 @@ def walk(folder: Path) -> Iterator[Path]:
 
 
 def is_sidecar(file: Path) -> bool:
-    """Whether a JSON file is what a stage of ours wrote beside its token file or vocabulary."""
-    beside = any(file.with_suffix(suffix).exists() for suffix in (".bin", ".model"))
+    """Whether a JSON file is what a stage of ours wrote beside its token file, vocabulary or instructions."""
+    beside = any(file.with_suffix(suffix).exists() for suffix in (".bin", ".model", ".csv"))
     if file.suffix != ".json" or not beside or not file.is_file() or file.stat().st_size > 10_000_000:
         return False
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         return False
-    return isinstance(content, dict) and ({"dtype", "tokens"} <= set(content) or "own" in content)
+    ours = ({"dtype", "tokens"}, {"own"}, {"written", "set_aside"})
+    return isinstance(content, dict) and any(fields <= set(content) for fields in ours)
 
 
 def _below(file: Path, folders: list[Path]) -> bool:

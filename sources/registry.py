@@ -46,7 +46,7 @@ def find_data_sets(names: Iterable[str], registry: Path) -> list[DataSet]:
     entries = read_registry(registry) if registry.is_file() else {}
     found: list[DataSet] = []
     for given in names:
-        whole = given in entries or Path(given).exists()
+        whole = given in entries or (given and Path(given).exists())
         for name in [given] if whole else filter(None, map(str.strip, given.split(","))):
             if name in entries:
                 found += registered(name, entries[name], registry)

@@ -171,6 +171,10 @@ def test_mistakes_are_named(registry, name, message):
         find_data_sets([name], registry)
 
 
+def test_no_name_is_not_the_folder_where_one_is(registry):
+    assert find_data_sets([""], registry) == []
+
+
 def test_checksum_error_names_both(registry):
     actual = hashlib.sha1((registry.parent / "pairs.json").read_bytes()).hexdigest()
     with pytest.raises(UserError, match=actual):

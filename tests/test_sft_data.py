@@ -272,6 +272,26 @@ def test_what_an_earlier_run_wrote_does_not_stay(tmp_path):
     assert (tmp_path / "preference.jsonl").exists() and (tmp_path / "sft_data.csv").exists()
 
 
+def test_a_folder_that_holds_the_outputs_is_read_without_them(tmp_path):
+    rows = [alpaca(), {"instruction": QUESTION, "chosen": "好", "rejected": "坏"}]
+    (tmp_path / "a.json").write_text(json.dumps(rows), encoding="utf-8")
+    for _ in range(2):
+        assert process("--data", tmp_path, "--out", tmp_path / "sft_data.csv").returncode == 0
+        report = json.loads((tmp_path / "sft_data.json").read_text(encoding="utf-8"))
+        assert list(report["sources"]) == ["a"] and report["sources"]["a"]["读入"] == 2
+        assert not report["set_aside"]["rows"] and (tmp_path / "preference.jsonl").exists()
+
+
+def test_what_is_written_beside_never_replaces_an_input(tmp_path):
+    pair = {"instruction": QUESTION, "chosen": "好", "rejected": "坏"}
+    for name, row, out in [("train.json", alpaca(), "train.csv"), ("preference.jsonl", pair, "sft_data.csv")]:
+        (tmp_path / name).write_text(json.dumps(row), encoding="utf-8")
+        result = process("--data", tmp_path / name, "--out", tmp_path / out)
+        assert result.returncode and "会被覆盖" in result.stderr
+        assert json.loads((tmp_path / name).read_text(encoding="utf-8")) == row
+        assert not (tmp_path / out).exists()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -184,6 +184,7 @@ def _hub_rows(hub: str, entry: dict[str, Any], registry: Path | None) -> Callabl
     by_hand = f"用浏览器从 https://huggingface.co/datasets/{hub} 下载数据文件，" + (
         f"放到 {registry.parent} 并在 {registry.name} 里写明 file_name" if registry else "再用 --data 指明它"
     )
+    advice = "请检查 split、subset、folder" if Path(hub).is_dir() else f"没有网络时{by_hand}"
 
     def rows() -> Iterable[Row]:
         if not importlib.util.find_spec("datasets"):
@@ -195,6 +196,6 @@ def _hub_rows(hub: str, entry: dict[str, Any], registry: Path | None) -> Callabl
             return datasets.load_dataset(hub, split=entry.get("split") or "train", **options)
         except Exception as error:  # of the network, the hub, the files: whatever a foreign library meets
             what = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
-            raise UserError(f"读取不到 {hub}（{what}）；没有网络时{by_hand}。") from error
+            raise UserError(f"读取不到 {hub}（{what}）；{advice}。") from error
 
     return rows

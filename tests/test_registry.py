@@ -186,6 +186,10 @@ def test_a_folder_that_datasets_loads(registry, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(registry.parent / "cache"))
     records, aside = read(registry, "folder")
     assert len(records) == 7 and not len(aside)
+    entry = {"hf_hub_url": "hub", "split": "nosuch"}
+    registry.write_text(json.dumps({"folder": entry}), encoding="utf-8")
+    with pytest.raises(UserError, match="请检查 split"):
+        read(registry, "folder")
 
 
 def test_no_network_says_what_to_do(registry, monkeypatch):

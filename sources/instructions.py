@@ -140,6 +140,15 @@ def _without_markers(text: str) -> str:
     return MOSS_MARKERS.sub("", text).strip()
 
 
+def _completed(row: Row) -> Messages:
+    """TRL: a prompt and what completes it, each a text or turns; kto-mix repeats the whole dialogue in the latter."""
+    value = row["completion"]
+    if not (isinstance(value, list) and value and isinstance(value[0], dict) and "role" in value[0]):
+        return [*_prompt(row), {"role": "assistant", "content": text_of(value, "completion")}]
+    turns = any_messages(value, "completion")
+    return turns if turns[0]["role"] != "assistant" else [*_prompt(row), *turns]
+
+
 # Lists of turns, which may end with the question or with an answer: OpenAI; sharegpt; DISC-Med-SFT,
 # ShareGPT-Chinese-English-90k, moss of YeungNLP.
 TURN_LISTS: Formats = [((name,), _turns(name)) for name in ("messages", "conversations", "conversation")]
@@ -161,14 +170,7 @@ FORMATS: Formats = [
     (("input", "output"), _pair("input", "output")),
     (("query", "response"), _pair("query", "response")),  # ChatMed
     (("prompt", "answer"), _answered(_prompt, "answer")),  # our own CSV
-    (("prompt", "completion"), lambda row: [*_prompt(row), *_completion(row)]),  # TRL
+    (("prompt", "completion"), _completed),  # TRL
     (("prompt", "response"), _answered(_prompt, "response")),
     (("data",), _huatuo),  # HuatuoGPT-sft-data-v1; the name may mean anything: last
 ]
-
-
-def _completion(row: Row) -> Messages:
-    value = row["completion"]
-    if isinstance(value, list) and value and isinstance(value[0], dict) and "role" in value[0]:
-        return any_messages(value, "completion")
-    return [{"role": "assistant", "content": text_of(value, "completion")}]

@@ -81,6 +81,7 @@ def test_verdicts_and_references():
         {"instruction": "问", "response": "答"},
         {"input": "问", "output": "答"},
         {"prompt": [Q], "completion": [A]},
+        {"prompt": [Q], "completion": [Q, A]},
         {"prompt": [Q], "answer": "答"},
         {"instruction": "问", "output": "答", "history": "null", "data": "2023-01-01", "images": "[]"},
         {"conversations": [Q, A], "tools": "[]"},

@@ -17,6 +17,7 @@ import sentencepiece
 
 from chatglm_tokenizer.tokenization_chatglm import CHATGLM2, ChatGLMTokenizer
 from sources.aside import SetAside
+from sources.files import check_kept, list_files
 from sources.pretrain_text import read_documents
 from sources.report import write_json
 from stage import DEMO_DIR, ROOT, StageConfig, UserError, atomic_path, need, require, run_stage, sidecar_path
@@ -54,6 +55,7 @@ class Config(StageConfig):
 def main(cfg: Config) -> None:
     if cfg.demo:
         need(cfg.data, "data_clean/clear.py", cfg)
+    check_kept([sidecar_path(cfg.out)], list_files(cfg.data))
     corpus = Corpus(cfg.data)
     with atomic_path(cfg.out) as temporary:
         temporary.write_bytes(train(cfg, corpus))

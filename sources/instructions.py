@@ -21,6 +21,7 @@ from sources.turns import (
     list_of,
     pairs_of,
     text_of,
+    turns_in_cell,
 )
 
 Convert = Callable[[Row], Messages]
@@ -96,6 +97,7 @@ def _turns(field: str) -> Callable[[Row], Messages]:
 
 def _prompt(row: Row) -> Messages:
     """A question, or a dialogue that ends with one."""
+    row = {**row, "prompt": turns_in_cell(row["prompt"])}
     is_list = isinstance(row["prompt"], list)
     return _turns("prompt")(row) if is_list else _question("prompt")(row)
 
@@ -142,7 +144,7 @@ def _without_markers(text: str) -> str:
 
 def _completed(row: Row) -> Messages:
     """TRL: a prompt and what completes it, each a text or turns; kto-mix repeats the whole dialogue in the latter."""
-    value = row["completion"]
+    value = turns_in_cell(row["completion"])
     if not (isinstance(value, list) and value and isinstance(value[0], dict) and "role" in value[0]):
         return [*_prompt(row), {"role": "assistant", "content": text_of(value, "completion")}]
     turns = any_messages(value, "completion")

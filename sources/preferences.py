@@ -7,7 +7,17 @@ Which of the shapes of `to_record` a row has is told by its fields. The question
 from typing import Any
 
 from sources.instructions import answered_format, prompt_format, system_of, to_messages
-from sources.turns import Row, Unusable, any_messages, check_attachments, dialogue, is_missing, text_of
+from sources.turns import (
+    Row,
+    Unusable,
+    any_messages,
+    are_turns,
+    check_attachments,
+    dialogue,
+    is_missing,
+    text_of,
+    turns_in_cell,
+)
 
 # Better and worse answer: DPO sets and MedicalGPT; shibing624/medical; DPO-zh-en-emoji.
 PAIRS = [("chosen", "rejected"), ("response_chosen", "response_rejected"), ("answer_zh", "answer_en")]
@@ -35,7 +45,7 @@ def to_record(row: Any) -> dict[str, Any]:
 def _record(row: Row) -> dict[str, Any]:
     for better, worse in PAIRS:
         if better in row and worse in row:
-            return _pair(row, row[better], row[worse])
+            return _pair(row, turns_in_cell(row[better]), turns_in_cell(row[worse]))
     if isinstance(row.get("output"), list) and "instruction" in row:  # CareGPT
         if len(row["output"]) != 2:
             raise Unusable("output 不是 [较好的回答, 较差的回答]")
@@ -123,7 +133,7 @@ def _answer(value: Any, field: str) -> str:
     """An answer as text, as one message under any names, or as the last one of a dialogue."""
     if isinstance(value, dict):
         value = [value]
-    if _are_turns(value):
+    if are_turns(value):
         last = any_messages(value, field)[-1]
         if last["role"] != "assistant":
             raise Unusable(f"{field} 不是助手的回答")
@@ -131,15 +141,10 @@ def _answer(value: Any, field: str) -> str:
     return text_of(value, field)
 
 
-def _are_turns(value: Any) -> bool:
-    """Whether a list holds turns, and not the parts of one text."""
-    return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and "type" not in value[0]
-
-
 def _tell_more(answer: list[Any], row: Row) -> bool:
     """Whether a list holds more of the dialogue than the row's question and its answer."""
     ask = prompt_format(tuple(row))
-    return not ask or (_are_turns(answer) and len(answer) > len(ask(row)) + 1)
+    return not ask or (are_turns(answer) and len(answer) > len(ask(row)) + 1)
 
 
 def _two_dialogues(row: Row, better: list[Any], worse: list[Any]) -> dict[str, Any]:

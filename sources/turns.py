@@ -60,6 +60,17 @@ def decoded(value: Any) -> Any:
         return None
 
 
+def are_turns(value: Any) -> bool:
+    """Whether a list holds turns, and not the parts of one text."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and "type" not in value[0]
+
+
+def turns_in_cell(value: Any) -> Any:
+    """The turns that a cell of a CSV file holds as JSON; other values as they are."""
+    turns = decoded(value) if isinstance(value, str) and value.lstrip().startswith("[{") else None
+    return turns if are_turns(turns) and {"role", "from"} & set(turns[0]) else value
+
+
 def list_of(row: Row, field: str) -> list[Any]:
     """A field that must be a list."""
     value = decoded(row[field])

@@ -40,6 +40,19 @@ def test_preferences(row):
     assert to_record(row) == PAIR
 
 
+def test_turns_in_cells_of_a_table():
+    rows = [
+        {"chosen": [Q, said("assistant", "好")], "rejected": [Q, said("assistant", "坏")]},
+        {"prompt": [Q], "chosen": [said("assistant", "好")], "rejected": [said("assistant", "坏")]},
+        {"prompt": [Q], "completion": [A]},
+    ]
+    for row in rows:
+        in_cells = {name: json.dumps(turns, ensure_ascii=False) for name, turns in row.items()}
+        assert to_record(in_cells) == to_record(row)
+    listed = '[{"name": "甲"}]'  # an answer that happens to be JSON
+    assert to_record({"prompt": "问", "chosen": listed, "rejected": "坏"}) == {**PAIR, "chosen": listed}
+
+
 def test_answers_that_hold_the_whole_dialogue():
     before = [said("system", "守"), said("user", "前问"), said("assistant", "前答"), Q]
     row = {"chosen": [*before, said("assistant", "好")], "rejected": [*before, said("assistant", "坏")]}

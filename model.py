@@ -70,7 +70,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         exact, weight = x.float(), self.weight.float()
-        if x.device.type == "cpu":  # where F.rms_norm is a dozen operations instead of one
+        if x.device.type == "cpu" and not torch.is_grad_enabled():
+            # F.rms_norm is a dozen operations on a CPU, but keeps less for the backward pass.
             mean_square = torch.linalg.vecdot(exact, exact) / len(weight)
             return (exact * torch.rsqrt(mean_square + self.eps).unsqueeze(-1) * weight).type_as(x)
         return F.rms_norm(exact, weight.shape, weight, self.eps).type_as(x)

@@ -179,6 +179,26 @@ def test_figures_that_are_not_finite_are_valid_json(tmp_path) -> None:
     assert record["loss"] is record["grad_norm"] is None
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
+def test_a_full_disk_does_not_end_the_log(tmp_path, capsys) -> None:
+    import resource
+
+    lines = Log(TrainConfig(out=tmp_path), Runtime(torch.device("cpu"), torch.float32), 0, 0, 9, 1)
+    lines.step(1, 10, 4.0, 1e-3, 1.0)
+    size, limits = (tmp_path / "log.jsonl").stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 50, limits[1]))  # in the middle of the next line
+        lines.step(2, 20, 3.0, 1e-3, 1.0)
+        lines.step(3, 30, 2.0, 1e-3, 1.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert capsys.readouterr().out.count("无法写入日志") == 1
+    assert [r["step"] for r in read_log(tmp_path / "log.jsonl")] == [1]
+    lines.step(4, 40, 1.0, 1e-3, 1.0)
+    written = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in written] == [1, 2, 3, 4]
+
+
 def test_a_resumed_log_drops_what_is_torn_and_what_comes_again(tmp_path) -> None:
     cfg, runtime = TrainConfig(out=tmp_path), Runtime(torch.device("cpu"), torch.float32)
     lines = Log(cfg, runtime, 0, 0, 9, 1)

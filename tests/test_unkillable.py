@@ -444,6 +444,24 @@ def test_what_an_earlier_start_left_in_the_store_misleads_nobody() -> None:
         agree_on_name(store, 0, 3)
 
 
+def test_two_runs_do_not_write_into_one_folder(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(guards, "LOCK_SECONDS", 0.2)
+    alone = Runtime(torch.device("cpu"), torch.float32)
+    with guards.sole_run(tmp_path, alone), pytest.raises(UserError, match=f"{os.getpid()}.*--out"):
+        run(settings(tmp_path, max_steps=2), {})
+    run(settings(tmp_path, max_steps=2), {})  # the lock went with the run that held it
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs prctl")
+def test_workers_whose_torchrun_is_killed_save_and_end(tokens, tmp_path) -> None:
+    out, options = tmp_path / "out", ["--max_steps", 100_000, "--save_every", 100_000]
+    process = started(command(tmp_path, tokens, *options, processes=2), out, 3)
+    process.kill()
+    printed, _ = output(process, 60)  # the pipe is closed when the workers have ended, too
+    (saved,) = checkpoint.list_steps(out)
+    assert f"已保存第 {int(saved.name[5:])} 步" in printed
+
+
 LATE = """
 if (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == ("0", "1"):
     time.sleep(2)  # the other finds what the first start has left in torchrun's store

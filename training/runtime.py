@@ -3,9 +3,12 @@
 One process on a laptop, or many under torchrun; the rest of the code does not know the difference.
 """
 
+import ctypes
 import gc
 import os
 import platform
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -43,9 +46,14 @@ class Runtime:
         return self.rank == 0
 
     def print(self, *message: object) -> None:
-        """Print once, not once per process."""
+        """Print once, not once per process. A message for which the disk has no room does not end a run."""
         if self.is_main:
-            print(*message, flush=True)
+            try:
+                print(*message, flush=True)
+            except BrokenPipeError:
+                raise
+            except OSError:  # standard output goes to a file
+                pass
 
     def autocast(self) -> AbstractContextManager:
         """Run matrix products in `dtype`."""
@@ -177,6 +185,10 @@ def start(
     if deterministic:  # https://docs.pytorch.org/docs/stable/notes/randomness.html
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        # Were torchrun killed, this process would train on unseen: let it get a SIGTERM then (prctl(2)).
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if world > 1:
         # gloo as well: counts and errors are agreed on without waiting for the GPU.
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"

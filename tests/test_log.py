@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, script
 
+from stage import UserError
 from training import checkpoint, hardware, log, plot
 from training.config import TrainConfig
 from training.log import Log, read_log
@@ -384,6 +385,21 @@ def test_logs_that_cannot_be_drawn_are_one_clear_line(tmp_path) -> None:
         assert str(tmp_path / name) in str(raised.value)
     plot.draw_run(tmp_path / "empty")
     assert not (tmp_path / "empty" / "loss.png").exists()
+
+
+def test_a_damaged_log_is_drawn_without_what_is_no_number(tmp_path) -> None:
+    path = write_run(tmp_path / "run", 20) / "log.jsonl"
+    damaged = ["{", "null", "7", '{"step": "x"}', '{"step": 3, "tokens": "a", "loss": 1}']
+    damaged += [
+        f'{{"step": 4, "tokens": 9, "loss": {value}}}' for value in ("NaN", "1e999", "[1]", "1" + "0" * 400)
+    ]
+    path.write_bytes("\n".join(damaged).encode() + b"\n" + path.read_bytes() + b'{"step": 21, "\xe4')
+    _, losses = plot.read_curves(path, "run").figures["loss"]
+    assert len(losses) == 20
+    plot.main(plot.Config(runs=(path.parent, path), out=tmp_path / "both.SVG"))
+    assert "<svg" in (tmp_path / "both.SVG").read_text(encoding="utf-8")
+    with pytest.raises(UserError, match=r"\.png"):
+        plot.Config(runs=(path,), out=tmp_path / "loss.txt").check()
 
 
 def test_smoothing_is_a_mean_of_finite_values_and_thinning_keeps_spikes() -> None:

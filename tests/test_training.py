@@ -161,7 +161,7 @@ def test_an_existing_run_is_not_overwritten_and_settings_must_match(tokens, unbr
     assert "batch_tokens" in script("pretrain.py", *other, ok=False).stderr
     wider = arguments(tokens, unbroken, "--max_steps", 60, "--resume")
     wider[wider.index("--dim") + 1] = 64
-    assert "模型形状" in script("pretrain.py", *wider, ok=False).stderr
+    assert "模型形状 dim=32 训练的，现在是 64" in script("pretrain.py", *wider, ok=False).stderr
 
 
 def test_wrong_input_to_pretraining_is_one_clear_line(tokens, vocabulary, tmp_path) -> None:

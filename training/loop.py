@@ -328,7 +328,8 @@ class Run:
         try:  # damage that one process meets, all of them meet
             checkpoint.verify(folder, "config.json")  # before what it says is taken for another setting
             args = checkpoint.read_args(folder)
-            check_same(folder, "模型形状", asdict(args), asdict(self.model.args))
+            for name, value in asdict(self.model.args).items():
+                check_same(folder, f"模型形状 {name}", getattr(args, name), value)
             counters = checkpoint.restore(folder, self.model, self.optimizer)
         except checkpoint.Damaged as damage:
             return damage

@@ -110,7 +110,8 @@ class Log:
             with open(self.path, "ab") as file:
                 file.write(self.unwritten)
         except OSError as error:
-            os.truncate(self.path, size)  # no half of a line
+            if self.path.exists():
+                os.truncate(self.path, size)  # no half of a line
             if self.unwritten.count(b"\n") == 1:  # the first that waits
                 reason = f"{self.path}：{error.strerror or error}"
                 self.runtime.print(f"警告：无法写入日志 {reason}（训练继续，之后补写）")

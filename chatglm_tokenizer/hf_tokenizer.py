@@ -80,7 +80,8 @@ class HFTokenizer(Tokenizer):
     def files(self) -> dict[str, bytes]:
         """What a checkpoint keeps of this vocabulary; the model's own files, which it lacks, named the ids as well."""
         ids = {"bos_token_id": self.special_tokens["<bos>"], "eos_token_id": self.stop_ids}
-        settings = {**self.settings}
+        # transformers 5 builds a LlamaTokenizer's rules anew; by this name it takes those of the file, as 4 does.
+        settings = {**self.settings, "tokenizer_class": "PreTrainedTokenizerFast"}
         if self.chat_template:
             settings["chat_template"] = self.chat_template
         texts = {"tokenizer_config.json": settings, "generation_config.json": ids}

@@ -10,9 +10,10 @@ no merge leads to them: matched, "sop" would tear "Philosophy" apart.
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, normalizers
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
+from chatglm_tokenizer.hf_tokenizer import read_json, read_settings
 from chatglm_tokenizer.model_file import NORMAL, ModelFile, read_model
 from chatglm_tokenizer.tokenization_chatglm import ChatGLMTokenizer
 from exchange.pieces import piece_names
@@ -32,6 +33,44 @@ def write_tokenizer(folder: Path, tokenizer: ChatGLMTokenizer, rows: int, length
     write_json(folder / "tokenizer_config.json", settings(tokenizer, length, template))
     # For llama.cpp's own converter and for sft.py --init, which read SentencePiece's file.
     (folder / "tokenizer.model").write_bytes(tokenizer.content)
+
+
+def from_model_file(folder: Path, tokenizer: ChatGLMTokenizer) -> Tokenizer:
+    """The tokenizer of a Hugging Face folder without tokenizer.json, as transformers makes it of tokenizer.model.
+
+    With the tokens that the folder adds to it; with `"legacy": false` only the beginning of a text gets a space
+    before it, not what follows a control token.
+    """
+    settings = read_settings(folder)
+    fast = fast_tokenizer(tokenizer, tokenizer.vocab_size)
+    if settings.get("legacy") is False:
+        fast.normalizer = None
+        fast.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme="first", split=False)
+    for i, token in added_tokens(folder, settings):
+        if fast.token_to_id(token.content) is None and i == fast.get_vocab_size():
+            fast.add_tokens([token])
+        if fast.token_to_id(token.content) != i:
+            raise UserError(f"{folder} 把 {token.content} 编为 {i}，与 tokenizer.model 的条目接不上。")
+        if token.special:
+            fast.add_special_tokens([token])
+    return fast
+
+
+def added_tokens(folder: Path, settings: dict[str, Any]) -> list[tuple[int, AddedToken]]:
+    """The tokens that a folder adds to its vocabulary, by id: tokenizer_config.json's, and the older file's."""
+    named = [value for name, value in settings.items() if name.endswith("_token")]
+    named += settings.get("additional_special_tokens") or []
+    special = {value.get("content") if isinstance(value, dict) else value for value in named if value}
+    found = {
+        i: {"content": name, "special": name in special, "normalized": name not in special}
+        for name, i in read_json(folder / "added_tokens.json").items()
+    }
+    found |= {int(i): token for i, token in (settings.get("added_tokens_decoder") or {}).items()}
+    flags = ("special", "normalized", "lstrip", "rstrip", "single_word")
+    return [
+        (i, AddedToken(token["content"], **{flag: token[flag] for flag in flags if flag in token}))
+        for i, token in sorted(found.items())
+    ]
 
 
 def fast_tokenizer(tokenizer: ChatGLMTokenizer, rows: int) -> Tokenizer:

@@ -339,6 +339,8 @@ def test_settings_that_cannot_work() -> None:
         targets_of(("wq", "lm_head"))
     with pytest.raises(UserError, match="q_proj"):
         targets_of(("query",))
+    with pytest.raises(UserError, match="--lora_rank 是适配器的设置"):  # all weights would be trained instead
+        parse(sft.Config, ["--lora_rank", "8"])
     assert targets_of(("attention", "q_proj", "gate_proj")) == ["wq", "wk", "wv", "wo", "w1"]
     with pytest.raises(UserError, match="--shard"):
         cfg = LoraConfig(qlora=True)

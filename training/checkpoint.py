@@ -19,7 +19,7 @@ dicts) are read too.
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,7 +31,7 @@ from chatglm_tokenizer.base import Tokenizer
 from chatglm_tokenizer.load import load_tokenizer
 from chatglm_tokenizer.tokenization_chatglm import CHATGLM2
 from exchange.hf_config import args_from_hf
-from exchange.hf_reader import read_hf_config, read_hf_weights
+from exchange.hf_reader import has_own_head, read_hf_config, read_hf_weights
 from model import ModelArgs, Transformer
 from rope import rope_table
 from stage import UserError
@@ -257,7 +257,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 def read_args(folder: Path) -> ModelArgs:
     """The shape of a checkpoint, or of a Hugging Face folder."""
     if (config := read_hf_config(folder)) is not None:
-        return args_from_hf(config, folder)
+        args = args_from_hf(config, folder)
+        return replace(args, tie_embeddings=args.tie_embeddings and not has_own_head(folder))
     try:
         return ModelArgs(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:

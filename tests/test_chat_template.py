@@ -17,6 +17,8 @@ from chatglm_tokenizer.load import load_tokenizer
 from chatglm_tokenizer.tokenization_chatglm import ChatGLMTokenizer
 from exchange.hf_tokenizer_file import fast_tokenizer
 from exchange.hf_tokenizer_file import write_tokenizer as write_export
+from exchange.modelfile import modelfile
+from model import ModelArgs
 from stage import UserError
 
 LONG = 100_000
@@ -327,13 +329,35 @@ def test_an_answer_may_be_asked_for_with_more_than_stands_before_it(tokenizers) 
     assert thinking != kept and found == encode_chat([SYSTEM, *DIALOGUE], ours, LONG)
 
 
-def test_a_checkpoint_without_template_keeps_our_format(tokenizers) -> None:
-    ours = tokenizers["llama2"][0]
-    ours.chat_template, kept = None, ours.chat_template
-    try:
-        ids, bears_loss = encode_chat(DIALOGUE[:2], ours, LONG)
-    finally:
-        ours.chat_template = kept
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_vocabulary_without_template_gets_our_format_and_an_export_says_so(
+    kind: str, tmp_path: Path
+) -> None:
+    """Base models have none; what they are then trained with must be known to who loads the export."""
+    from transformers import AutoTokenizer
+
+    write_tokenizer(tmp_path / "base", kind)
+    (tmp_path / "base" / "chat_template.jinja").unlink()
+    ours = load_tokenizer(tmp_path / "base")
+    (tmp_path / "out").mkdir()
+    for name, content in ours.files.items():
+        (tmp_path / "out" / name).write_bytes(content)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    for dialogue in (DIALOGUE, [SYSTEM, *DIALOGUE]):
+        ids, bears_loss = encode_chat(dialogue, ours, LONG)
+        assert ids == their_ids(theirs, dialogue)
+        assert encode_prompt(dialogue[:-1], ours, LONG) == their_ids(theirs, dialogue[:-1])
+        assert ids.count(ours.special_tokens["<eos>"]) >= 2 and bears_loss[-1]
+    text = modelfile("x.gguf", ModelArgs(), True, ours.template_names)
+    bos, eos = (ours.names[i] for i in ours.special_tokens.values())
+    assert "bos_token" not in text and f"}}}}{bos}{{{{ else" in text and f'PARAMETER stop "{eos}"' in text
+
+
+def test_our_format_is_each_text_and_a_token_behind_it(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, "llama2")
+    (tmp_path / "chat_template.jinja").unlink()
+    ours = load_tokenizer(tmp_path)
+    ids, bears_loss = encode_chat(DIALOGUE[:2], ours, LONG)
     question, answer = (ours.encode(m["content"]) for m in DIALOGUE[:2])
     assert ids == [*question, 1, *answer, 2]
     assert bears_loss == [False] * (len(question) + 1) + [True] * (len(answer) + 1)

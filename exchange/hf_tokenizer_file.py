@@ -46,13 +46,12 @@ def from_model_file(folder: Path, tokenizer: ChatGLMTokenizer) -> Tokenizer:
     if settings.get("legacy") is False:
         fast.normalizer = None
         fast.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme="first", split=False)
+    known = {token.content for token in fast.get_added_tokens_decoder().values()}
     for i, token in added_tokens(folder, settings):
-        if fast.token_to_id(token.content) is None and i == fast.get_vocab_size():
-            fast.add_tokens([token])
-        if fast.token_to_id(token.content) != i:
+        if i != fast.token_to_id(token.content) and i != fast.get_vocab_size():
             raise UserError(f"{folder} 把 {token.content} 编为 {i}，与 tokenizer.model 的条目接不上。")
-        if token.special:
-            fast.add_special_tokens([token])
+        if token.content not in known:
+            (fast.add_special_tokens if token.special else fast.add_tokens)([token])
     return fast
 
 
@@ -81,6 +80,7 @@ def fast_tokenizer(tokenizer: ChatGLMTokenizer, rows: int) -> Tokenizer:
             f"词表 {tokenizer.vocab_file} 不是带字节回退的普通 BPE（可能是 unigram，或会改写文本），"
             "无法逐个 id 相同地写成 tokenizer.json；请用 train_tokenizer.py 训练的词表，或 --format pth。"
         )
+    warn_of_ties(tokenizer, model)
     vocab = {piece: i for i, piece in enumerate(piece_names(tokenizer, model, rows))}
     unknown, bos, eos = model.pieces[:3]
     fast = Tokenizer(
@@ -94,6 +94,18 @@ def fast_tokenizer(tokenizer: ChatGLMTokenizer, rows: int) -> Tokenizer:
         [AddedToken(name, normalized=False, special=True) for name in (unknown, bos, eos)]
     )
     return fast
+
+
+def warn_of_ties(tokenizer: ChatGLMTokenizer, model: ModelFile) -> None:
+    """Say so if pieces have equal scores: SentencePiece then merges from left to right, a list of merges cannot."""
+    triples = zip(model.pieces, model.scores, model.kinds, strict=True)
+    scores = [score for piece, score, kind in triples if kind == NORMAL and len(piece) > 1]
+    if ties := len(scores) - len(set(scores)):
+        print(
+            f"提示：词表 {tokenizer.vocab_file} 有 {ties + 1:,} 个条目的分数相同（如 Chinese-LLaMA 的词表），"
+            "tokenizer.json 写不出它们的先后：在 transformers 里有些文本的 id 会与这里不同；GGUF 没有这个问题。",
+            flush=True,
+        )
 
 
 def merges(model: ModelFile) -> list[tuple[str, str]]:

@@ -284,6 +284,10 @@ def test_adapters_of_others_merge_and_a_tied_matrix_is_not_torn(own, tmp_path) -
     with pytest.raises(UserError, match="lm_head 训练时的原矩阵"):
         merge_adapters("--adapters", torn, "--base", own, "--untie", "--out", tmp_path / "y")
 
+    other = foreign(tmp_path / "c", ["q_proj"], use_qalora=True, qalora_group_size=4)
+    with pytest.raises(UserError, match="use_qalora"):  # not W + B A
+        merge_adapters("--adapters", other, "--base", own, "--out", tmp_path / "z")
+
     for begin in ("pissa", "olora"):
         changed = foreign(tmp_path / begin, ["q_proj"], init_lora_weights=begin)
         with pytest.raises(UserError, match=begin):

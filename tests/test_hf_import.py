@@ -509,6 +509,8 @@ def test_damaged_folders_give_one_clear_line(folder: Path, tmp_path: Path) -> No
     broken = tmp_path / "broken"
     shutil.copytree(folder, broken)
     shard = sorted(broken.glob("model-*.safetensors"))[1]
+    with pytest.raises(UserError, match=f"所在的文件夹 {broken}"):
+        checkpoint.load(shard)
     content = shard.read_bytes()
     shard.write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match="下载不完整"):

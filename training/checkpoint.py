@@ -121,6 +121,8 @@ def tensor_paths(folder: Path, kind: str) -> list[Path]:
 
 def find(path: Path) -> Path:
     """The checkpoint that a user means: a step folder, the newest of a run's, a Hugging Face folder, or a .pth."""
+    if path.suffix in (".safetensors", ".json") and path.is_file():
+        raise UserError(f"{path} 只是模型的一个文件；请给出它所在的文件夹 {path.parent}。")
     is_folder = adapter_files.is_adapter(path) or next(path.glob("model*.safetensors"), None)
     if path.is_file() or is_folder or read_hf_config(path) is not None:
         return path

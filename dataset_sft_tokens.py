@@ -174,7 +174,8 @@ def split_validation(samples: Samples, fraction: float) -> tuple[Samples, Sample
 def describe(path: Path, tokenizer: Tokenizer, max_len: int) -> dict[str, object]:
     """Everything that the tokens of a csv depend on."""
     if not path.is_file():
-        raise UserError(f"找不到 {path}；请先运行 python sft_data_process.py，或用参数指定别的路径。")
+        found = "是文件夹，不是 csv" if path.is_dir() else "找不到"
+        raise UserError(f"{path}：{found}；请先运行 python sft_data_process.py，或用参数指定别的路径。")
     return {
         "csv": checksum(path),
         "code": [checksum(file) for file in CODE],

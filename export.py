@@ -141,7 +141,8 @@ def write_gguf_file(cfg: Config, loaded: Checkpoint, out: Path) -> None:
     show_types(cfg, types)
     ours = template_of(loaded) == CHAT_TEMPLATE
     with atomic_path(ollama) as temporary:
-        temporary.write_text(modelfile(out.name, loaded.model.args, ours), encoding="utf-8")
+        text = modelfile(out.name, loaded.model.args, ours, loaded.tokenizer.template_names)
+        temporary.write_text(text, encoding="utf-8")
     print(f"ollama：ollama create {out.stem} -f {ollama}")
 
 

@@ -3,38 +3,18 @@
     [system] prompt <bos> answer <eos> prompt <bos> answer <eos> …
 
 Only the answers and their `<eos>` bear loss. Roles: system (first message only), user, assistant. An imported model
-that has a chat template of its own keeps to that (templated.py).
+that has a chat template of its own keeps to that; one that has none gets this format as a template (templated.py).
 """
 
 from collections.abc import Iterable, Sequence
 
 from chatglm_tokenizer.base import Tokenizer
+from chatglm_tokenizer.chat_template import CHAT_TEMPLATE as CHAT_TEMPLATE  # the same format as Jinja
 from chatglm_tokenizer.messages import Message as Message  # part of what this module offers
 from chatglm_tokenizer.messages import split_turns
 from chatglm_tokenizer.templated import encode_by_template, prompt_by_template
 
 UNLIMITED = 1 << 62  # a max_len that every dialogue fits into
-
-# The same format as Jinja, for other programs (https://huggingface.co/docs/transformers/chat_templating): rendered and
-# tokenised as one string it gives the ids of `encode_prompt`. Each text is encoded by itself here, so it begins with
-# the space that SentencePiece puts before a text. There the tokenizer puts it behind control tokens; between the
-# system text and the question, where there is none, the template does.
-CHAT_TEMPLATE = (
-    "{%- if messages[0]['role'] == 'system' -%}"
-    "{%- set system = messages[0]['content'] | trim -%}{%- set turns = messages[1:] -%}"
-    "{%- else -%}"
-    "{%- set system = '' -%}{%- set turns = messages -%}"
-    "{%- endif -%}"
-    "{{- system -}}"
-    "{%- for message in turns -%}"
-    "{%- if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') -%}"
-    "{{- raise_exception('roles must alternate user, assistant') -}}"
-    "{%- endif -%}"
-    "{%- if loop.first and system and message['content'] -%}{{- ' ' -}}{%- endif -%}"
-    "{{- message['content'] -}}"
-    "{{- bos_token if message['role'] == 'user' else eos_token -}}"
-    "{%- endfor -%}"
-)
 
 
 def encode_chat(

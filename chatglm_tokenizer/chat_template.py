@@ -18,6 +18,28 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 # where it knows none.
 TRAINING_DAY = datetime(2024, 7, 26)
 
+# The format of chat.py as Jinja, for other programs (https://huggingface.co/docs/transformers/chat_templating), and
+# for imported vocabularies whose model has no format of its own. Rendered and tokenised as one string it gives the
+# ids of `encode_prompt`. Each text is encoded by itself there, so it begins with the space that SentencePiece puts
+# before a text. Here the tokenizer puts it behind control tokens; between the system text and the question, where
+# there is none, the template does.
+CHAT_TEMPLATE = (
+    "{%- if messages[0]['role'] == 'system' -%}"
+    "{%- set system = messages[0]['content'] | trim -%}{%- set turns = messages[1:] -%}"
+    "{%- else -%}"
+    "{%- set system = '' -%}{%- set turns = messages -%}"
+    "{%- endif -%}"
+    "{{- system -}}"
+    "{%- for message in turns -%}"
+    "{%- if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') -%}"
+    "{{- raise_exception('roles must alternate user, assistant') -}}"
+    "{%- endif -%}"
+    "{%- if loop.first and system and message['content'] -%}{{- ' ' -}}{%- endif -%}"
+    "{{- message['content'] -}}"
+    "{{- bos_token if message['role'] == 'user' else eos_token -}}"
+    "{%- endfor -%}"
+)
+
 
 class Generation(Extension):
     """`{% generation %}` … `{% endgeneration %}`, which marks an answer in a template: here it is only its content."""

@@ -20,7 +20,15 @@ from typing import Literal
 import numpy as np
 import sentencepiece
 
-from chatglm_tokenizer.model_file import BPE, CONTROL, NORMAL, append_pieces, read_model, without_prefix
+from chatglm_tokenizer.model_file import (
+    BPE,
+    CONTROL,
+    NORMAL,
+    USER_DEFINED,
+    append_pieces,
+    read_model,
+    without_prefix,
+)
 from chatglm_tokenizer.tokenization_chatglm import ChatGLMTokenizer
 from stage import UserError
 
@@ -99,7 +107,7 @@ def choose(extra: bytes, kinds: dict[str, int], mode: Mode, result: Expansion) -
     new = read_model(extra)
     for i in np.argsort(-np.array(new.scores), kind="stable"):
         piece = new.pieces[i]
-        if new.kinds[i] != NORMAL or kinds.get(piece, NORMAL) != NORMAL:
+        if new.kinds[i] not in (NORMAL, USER_DEFINED) or kinds.get(piece, NORMAL) != NORMAL:
             result.reserved += 1
         elif piece in kinds:
             result.present += 1

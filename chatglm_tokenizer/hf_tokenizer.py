@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from chatglm_tokenizer.base import NotText, Tokenizer, check_surrogates
+from chatglm_tokenizer.chat_template import CHAT_TEMPLATE
 from stage import UserError
 
 MARKS = tuple(map(chr, range(0xE000, 0xF900)))  # characters without a meaning (Unicode's private use area)
@@ -44,6 +45,11 @@ class HFTokenizer(Tokenizer):
         # A vocabulary without a token of its own for the beginning separates with the one it has.
         self.special_tokens = {"<bos>": (ids["bos"] or ids["eos"])[0], "<eos>": ids["eos"][0]}
         self._content = content
+        if not self.chat_template and set(self.special_tokens.values()) <= self.names.keys():
+            # Our own format, written as every template is: so an export says what the model was trained with.
+            self.chat_template = CHAT_TEMPLATE
+            begin, end = (self.names[i] for i in self.special_tokens.values())
+            self.settings |= {"bos_token": begin, "eos_token": end}
 
     def ids_of_config(self, folder: Path) -> dict[str, list[int]]:
         """Ids that begin and that end a text, the tokenizer's own first, then what the model's files add."""
@@ -80,7 +86,8 @@ class HFTokenizer(Tokenizer):
     def files(self) -> dict[str, bytes]:
         """What a checkpoint keeps of this vocabulary; the model's own files, which it lacks, named the ids as well."""
         ids = {"bos_token_id": self.special_tokens["<bos>"], "eos_token_id": self.stop_ids}
-        settings = {**self.settings}
+        # transformers 5 builds a LlamaTokenizer's rules anew; by this name it takes those of the file, as 4 does.
+        settings = {**self.settings, "tokenizer_class": "PreTrainedTokenizerFast"}
         if self.chat_template:
             settings["chat_template"] = self.chat_template
         texts = {"tokenizer_config.json": settings, "generation_config.json": ids}

@@ -27,7 +27,6 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if json_file.is_file():
         return HFTokenizer(path, json_file.read_bytes())
     # A chat template writes control tokens by name, which SentencePiece does not know.
-    from exchange.hf_tokenizer_file import fast_tokenizer
+    from exchange.hf_tokenizer_file import from_model_file
 
-    tokenizer = ChatGLMTokenizer(model_file)
-    return HFTokenizer(path, fast_tokenizer(tokenizer, tokenizer.vocab_size).to_str().encode())
+    return HFTokenizer(path, from_model_file(path, ChatGLMTokenizer(model_file)).to_str().encode())

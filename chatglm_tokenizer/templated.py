@@ -50,11 +50,15 @@ def find_answers(written: Written, ids: list[int]) -> list[bool]:
     for number, message in enumerate(written.messages):
         if message["role"] != "assistant":
             continue
+        earlier = written.render(written.messages[:number], False)
+        # What an answer is asked for with may be more than what stands before a given one (a `<think>` to begin with).
         before = written.render(written.messages[:number], True)
         until = written.render(written.messages[: number + 1], False)
-        if not (whole.startswith(before) and whole.startswith(until) and len(before) < len(until)):
+        in_turn = whole.startswith(until) and whole.startswith(earlier) and before.startswith(earlier)
+        if not (in_turn and len(earlier) < len(until)):
             raise ValueError("the chat template does not write this dialogue turn after turn")
-        start, end = (in_common(written.encode(text), ids) for text in (before, until))
+        start = in_common(written.encode(before), ids)
+        end = len(ids) if until == whole else in_common(written.encode(until), ids)
         # What the template writes behind the token that ends the answer is never generated.
         end = next((i + 1 for i in reversed(range(start, end)) if ids[i] in stop), end)
         bears_loss[start:end] = [True] * (end - start)

@@ -16,6 +16,8 @@ from training.step_folder import Damaged
 from training.tensor_files import TensorFiles
 
 Read = Callable[[str], Tensor]
+SINGLE = ("model.safetensors", "pytorch_model.bin")  # the weights, where they are one file
+HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def read_hf_config(folder: Path) -> dict[str, Any] | None:
@@ -26,6 +28,17 @@ def read_hf_config(folder: Path) -> dict[str, Any] | None:
     return None
 
 
+def has_own_head(folder: Path) -> bool:
+    """Whether a folder stores an output matrix with other values than the embedding's, whatever its config.json says.
+
+    transformers 5 then uses both; who trained adapters on a tied model and merged them has made such a folder.
+    """
+    if not any(files_of(folder, name) for name in SINGLE):
+        return False
+    names, read = open_weights(folder)
+    return {HEAD, TABLE} <= set(names) and not torch.equal(read(HEAD), read(TABLE))
+
+
 def read_hf_weights(folder: Path, args: ModelArgs) -> dict[str, Tensor]:
     """All weights under our names, a tied matrix once; a file's bytes are in memory only while they are converted.
 
@@ -34,7 +47,7 @@ def read_hf_weights(folder: Path, args: ModelArgs) -> dict[str, Tensor]:
     names, read = open_weights(folder)
     found, unknown = {}, []
     for name in names:
-        if is_left_out(name, args):
+        if is_left_out(name, args) and (name != HEAD or TABLE in names):
             continue
         try:
             ours = meta_name(name)
@@ -51,18 +64,20 @@ def read_hf_weights(folder: Path, args: ModelArgs) -> dict[str, Tensor]:
         raise UserError(
             f"{folder} 里有本项目的模型没有的权重：{'、'.join(unknown[:3])} 等 {len(unknown)} 个。"
         )
+    if args.tie_embeddings and "output.weight" in found:  # safetensors' save_model keeps this name of the two
+        found["tok_embeddings.weight"] = found.pop("output.weight")
     return found
 
 
 def open_weights(folder: Path) -> tuple[list[str], Read]:
     """The names of all tensors in a folder, and a function that reads one."""
-    if paths := files_of(folder, "model.safetensors"):
+    if paths := files_of(folder, SINGLE[0]):
         try:
             files = TensorFiles(paths)
         except Damaged as error:
             raise UserError(f"{folder} 的权重文件已损坏或下载不完整：{error.__cause__ or error}") from error
         return list(files), files.read
-    if paths := files_of(folder, "pytorch_model.bin"):
+    if paths := files_of(folder, SINGLE[1]):
         return open_bins(paths)
     raise UserError(f"{folder} 里没有权重（model.safetensors 或 pytorch_model.bin）；请检查下载是否完整。")
 

@@ -6,7 +6,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from hf_folders import KINDS, L3_NAMES, LLAMA2, LLAMA3, write_tokenizer
+from hf_folders import CHATML, KINDS, L3_NAMES, LLAMA2, LLAMA3, write_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +15,11 @@ from chatglm_tokenizer.chat_template import render
 from chatglm_tokenizer.hf_tokenizer import HFTokenizer
 from chatglm_tokenizer.load import load_tokenizer
 from chatglm_tokenizer.tokenization_chatglm import ChatGLMTokenizer
+from exchange.hf_tokenizer_file import fast_tokenizer
 from exchange.hf_tokenizer_file import write_tokenizer as write_export
+from exchange.modelfile import modelfile
+from model import ModelArgs
+from stage import UserError
 
 LONG = 100_000
 SYSTEM = {"role": "system", "content": "你是医生。 "}
@@ -279,13 +283,81 @@ def test_a_folder_with_a_sentencepiece_model_and_a_template(vocabulary: Path, tm
     assert ours.encode("a <s> b</s>") == plain.encode("a <s> b</s>")
 
 
-def test_a_checkpoint_without_template_keeps_our_format(tokenizers) -> None:
-    ours = tokenizers["llama2"][0]
-    ours.chat_template, kept = None, ours.chat_template
+@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize("where", ["added_tokens.json", "tokenizer_config.json"])
+def test_tokens_added_to_a_sentencepiece_model(legacy, where, vocabulary: Path, tmp_path: Path) -> None:
+    """ChatML on a Llama 2 without tokenizer.json, and both of transformers' ways with spaces."""
+    from tokenizers import AddedToken
+    from transformers import LlamaTokenizer
+
+    pieces = ChatGLMTokenizer(vocabulary).pieces
+    names = {"<|im_start|>": pieces, "<|im_end|>": pieces + 1}
+    shutil.copy(vocabulary, tmp_path / "tokenizer.model")
+    config = {"bos_token": "<s>", "eos_token": "<|im_end|>", "chat_template": CHATML, "legacy": legacy}
+    if where == "added_tokens.json":
+        (tmp_path / where).write_text(json.dumps(names))
+        config["additional_special_tokens"] = ["<|im_start|>"]
+    else:
+        config["added_tokens_decoder"] = {i: {"content": n, "special": True} for n, i in names.items()}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours = load_tokenizer(tmp_path)
+    model = json.loads(fast_tokenizer(ChatGLMTokenizer(vocabulary), pieces).to_str())["model"]
+    theirs = LlamaTokenizer(model["vocab"], [tuple(pair) for pair in model["merges"]], legacy=legacy)
+    theirs.add_special_tokens({"additional_special_tokens": [AddedToken(n, normalized=False) for n in names]})
+    dialogue = [
+        {**m, "content": m["content"].strip()} for m in DIALOGUE
+    ]  # which legacy=True counts otherwise
+    ids, _ = encode_chat(dialogue, ours, LONG)
+    assert ids == theirs.apply_chat_template(dialogue, chat_template=CHATML)["input_ids"]
+    assert ours.stop_ids == [pieces + 1] and set(names.values()) <= set(ids)
+    assert not set(names.values()) & set(ours.encode("<|im_start|>user<|im_end|>"))
+    (tmp_path / "added_tokens.json").write_text('{"<|far|>": 99999}')
+    with pytest.raises(UserError, match="接不上"):
+        load_tokenizer(tmp_path)
+
+
+def test_an_answer_may_be_asked_for_with_more_than_stands_before_it(tokenizers) -> None:
+    """As DeepSeek-R1's distillates do: `<think>` after the role, only where an answer is to come."""
+    ours = tokenizers["llama3"][0]
+    begin = "assistant<|end_header_id|>\n\n' }}{% endif %}"
+    thinking, kept = LLAMA3.replace(begin, begin.replace("' }}", "<think>\n' }}")), ours.chat_template
     try:
-        ids, bears_loss = encode_chat(DIALOGUE[:2], ours, LONG)
+        ours.chat_template = thinking
+        found = encode_chat([SYSTEM, *DIALOGUE], ours, LONG)
     finally:
         ours.chat_template = kept
+    assert thinking != kept and found == encode_chat([SYSTEM, *DIALOGUE], ours, LONG)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_vocabulary_without_template_gets_our_format_and_an_export_says_so(
+    kind: str, tmp_path: Path
+) -> None:
+    """Base models have none; what they are then trained with must be known to who loads the export."""
+    from transformers import AutoTokenizer
+
+    write_tokenizer(tmp_path / "base", kind)
+    (tmp_path / "base" / "chat_template.jinja").unlink()
+    ours = load_tokenizer(tmp_path / "base")
+    (tmp_path / "out").mkdir()
+    for name, content in ours.files.items():
+        (tmp_path / "out" / name).write_bytes(content)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    for dialogue in (DIALOGUE, [SYSTEM, *DIALOGUE]):
+        ids, bears_loss = encode_chat(dialogue, ours, LONG)
+        assert ids == their_ids(theirs, dialogue)
+        assert encode_prompt(dialogue[:-1], ours, LONG) == their_ids(theirs, dialogue[:-1])
+        assert ids.count(ours.special_tokens["<eos>"]) >= 2 and bears_loss[-1]
+    text = modelfile("x.gguf", ModelArgs(), True, ours.template_names)
+    bos, eos = (ours.names[i] for i in ours.special_tokens.values())
+    assert "bos_token" not in text and f"}}}}{bos}{{{{ else" in text and f'PARAMETER stop "{eos}"' in text
+
+
+def test_our_format_is_each_text_and_a_token_behind_it(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, "llama2")
+    (tmp_path / "chat_template.jinja").unlink()
+    ours = load_tokenizer(tmp_path)
+    ids, bears_loss = encode_chat(DIALOGUE[:2], ours, LONG)
     question, answer = (ours.encode(m["content"]) for m in DIALOGUE[:2])
     assert ids == [*question, 1, *answer, 2]
     assert bears_loss == [False] * (len(question) + 1) + [True] * (len(answer) + 1)

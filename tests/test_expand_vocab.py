@@ -2,6 +2,8 @@
 
 import json
 import re
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +17,9 @@ from test_bpe import encoded, model_of
 import expand_vocab
 from chatglm_tokenizer.batch_encoder import BatchEncoder
 from chatglm_tokenizer.expansion import CJK, cuts, expand
-from chatglm_tokenizer.model_file import CONTROL, NORMAL, append_pieces, read_model
+from chatglm_tokenizer.model_file import CONTROL, NORMAL, USER_DEFINED, append_pieces, read_model
 from chatglm_tokenizer.tokenization_chatglm import ChatGLMTokenizer
+from exchange.hf_tokenizer_file import fast_tokenizer
 from model import ModelArgs, Transformer
 from stage import UserError, parse
 from training import checkpoint
@@ -180,6 +183,24 @@ def test_unigram_vocabularies_can_be_added_but_not_be_the_base(tmp_path) -> None
     with pytest.raises(UserError, match="unigram"):
         run("--base", unigram, "--add", base.vocab_file, "--out", out)
     assert not out.exists()
+
+
+def test_words_that_were_defined_by_hand_are_added_too(base) -> None:
+    """`user_defined_symbols`, the usual way to get a domain's terms into a vocabulary for sure."""
+    extra = model_of({"降糖药": 0.0, "糖尿病": -1.0}, kinds={"降糖药": USER_DEFINED})
+    grown = expand(base, extra, "cjk")
+    assert "降糖药" in grown.appended and "降糖药" not in grown.unreachable
+
+
+def test_an_export_warns_of_pieces_that_tie(base, extra, capsys) -> None:
+    """Chinese-LLaMA's script gives all new pieces the score 0, which no list of merges can follow; ours does not."""
+    fast_tokenizer(base, base.vocab_size)
+    assert not capsys.readouterr().out
+    pieces = [(piece, 0.0, NORMAL) for piece in ("糖尿病人", "尿病人的", "人的血糖")]
+    with tempfile.TemporaryDirectory() as folder:
+        tied = file_of(append_pieces(base.content, pieces), Path(folder), "tied.model")
+    fast_tokenizer(tied, tied.vocab_size)
+    assert "分数相同" in capsys.readouterr().out
 
 
 def test_only_new_pieces_and_their_count_change_in_the_file(base) -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import pretrain
 from chatglm_tokenizer.batch_encoder import BatchEncoder
+from chatglm_tokenizer.chat import encode_chat
 from chatglm_tokenizer.hf_tokenizer import HFTokenizer
 from chatglm_tokenizer.load import load_tokenizer
 from data_clean.texts import from_arrow
@@ -117,6 +118,27 @@ def test_sharded_folders_in_half_precision_and_older_files(tmp_path: Path, folde
     model = checkpoint.load(tmp_path / "half", tokenizer=words).model
     assert {p.dtype for p in model.parameters()} == {torch.float32}  # to be trained
     assert differences(model, half) < 1e-4
+
+
+def test_a_tied_matrix_is_stored_under_either_name_or_is_none(tmp_path: Path) -> None:
+    """Only lm_head as safetensors' save_model leaves it; and two matrices beside a config.json that says one."""
+    from safetensors.torch import load_file, save_file
+    from transformers import LlamaForCausalLM
+
+    words = small_vocabulary(tmp_path)
+    write_llama(tmp_path / "hf", tie_word_embeddings=True)
+    path = tmp_path / "hf" / "model.safetensors"
+    weights = load_file(path)
+    table = weights.pop("model.embed_tokens.weight")
+    for stored, is_tied in (
+        ({"lm_head.weight": table}, True),
+        ({"lm_head.weight": table, "model.embed_tokens.weight": table.clone()}, True),
+        ({"lm_head.weight": -table, "model.embed_tokens.weight": table}, False),
+    ):
+        save_file(weights | stored, path, {"format": "pt"})
+        ours = checkpoint.load(tmp_path / "hf", tokenizer=words).model
+        assert ours.args.tie_embeddings == is_tied
+        assert differences(ours, LlamaForCausalLM.from_pretrained(tmp_path / "hf").eval()) < 1e-4
 
 
 def test_what_our_model_does_not_compute_is_refused(tmp_path: Path) -> None:
@@ -223,6 +245,8 @@ def test_settings_of_the_context() -> None:
     args = ModelArgs(dim=64, n_layers=1, n_heads=4, vocab_size=10, max_seq_len=128)
     assert ContextConfig().extend(args) == args
     assert ContextConfig(rope_theta=1e6, max_seq_len=512).extend(args).rope_theta == 1e6
+    with pytest.raises(UserError, match="at least 1"):
+        ContextConfig(rope_scaling="yarn:0.5").extend(args)
     yarn = ContextConfig(rope_scaling="yarn:4").extend(args)
     assert yarn.max_seq_len == 512 and yarn.rope_scaling["original_max_position_embeddings"] == 128
     assert ContextConfig(max_seq_len=256).extend(yarn).rope_scaling == yarn.rope_scaling
@@ -288,6 +312,25 @@ def test_ids_and_files_of_a_vocabulary(tokenizers, folder: Path, tmp_path: Path)
         tokenizer.encode("ab\ud800")
     with pytest.raises(ValueError, match="outside"):
         tokenizer.decode([tokenizer.vocab_size])
+
+
+def test_transformers_reads_an_imported_vocabulary_as_it_was(tokenizers, tmp_path: Path) -> None:
+    """Of a LlamaTokenizer transformers 5 keeps the pieces alone, and puts spaces by rules of its own."""
+    from transformers import AutoTokenizer
+
+    shutil.copytree(tokenizers["llama2"][0], tmp_path / "hf")
+    path = tmp_path / "hf" / "tokenizer_config.json"
+    config = {**json.loads(path.read_text()), "tokenizer_class": "LlamaTokenizer", "legacy": False}
+    path.write_text(json.dumps(config))
+    ours = load_tokenizer(tmp_path / "hf")
+    (tmp_path / "ours").mkdir()
+    for name, content in ours.files.items():
+        (tmp_path / "ours" / name).write_bytes(content)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "ours")
+    messages = [{"role": "user", "content": " two  spaces"}, {"role": "assistant", "content": "好"}]
+    expected = tokenizers["llama2"][1].apply_chat_template(messages)["input_ids"]
+    assert theirs.apply_chat_template(messages)["input_ids"] == expected
+    assert encode_chat(messages, ours, 999)[0] == expected
 
 
 def test_folders_whose_vocabulary_is_of_no_use(tmp_path: Path, tokenizers) -> None:
@@ -466,6 +509,8 @@ def test_damaged_folders_give_one_clear_line(folder: Path, tmp_path: Path) -> No
     broken = tmp_path / "broken"
     shutil.copytree(folder, broken)
     shard = sorted(broken.glob("model-*.safetensors"))[1]
+    with pytest.raises(UserError, match=f"所在的文件夹 {broken}"):
+        checkpoint.load(shard)
     content = shard.read_bytes()
     shard.write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match="下载不完整"):

@@ -284,6 +284,10 @@ def test_adapters_of_others_merge_and_a_tied_matrix_is_not_torn(own, tmp_path) -
     with pytest.raises(UserError, match="lm_head 训练时的原矩阵"):
         merge_adapters("--adapters", torn, "--base", own, "--untie", "--out", tmp_path / "y")
 
+    other = foreign(tmp_path / "c", ["q_proj"], use_qalora=True, qalora_group_size=4)
+    with pytest.raises(UserError, match="use_qalora"):  # not W + B A
+        merge_adapters("--adapters", other, "--base", own, "--out", tmp_path / "z")
+
     for begin in ("pissa", "olora"):
         changed = foreign(tmp_path / begin, ["q_proj"], init_lora_weights=begin)
         with pytest.raises(UserError, match=begin):
@@ -339,6 +343,8 @@ def test_settings_that_cannot_work() -> None:
         targets_of(("wq", "lm_head"))
     with pytest.raises(UserError, match="q_proj"):
         targets_of(("query",))
+    with pytest.raises(UserError, match="--lora_rank 是适配器的设置"):  # all weights would be trained instead
+        parse(sft.Config, ["--lora_rank", "8"])
     assert targets_of(("attention", "q_proj", "gate_proj")) == ["wq", "wk", "wv", "wo", "w1"]
     with pytest.raises(UserError, match="--shard"):
         cfg = LoraConfig(qlora=True)

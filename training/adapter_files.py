@@ -44,7 +44,8 @@ SAME = (
 # Variants of LoRA that compute something else than W + scale * B A, or train something besides.
 UNSUPPORTED = (
     "lora_bias", "trainable_token_indices", "target_parameters", "megatron_config", "eva_config", "corda_config",
-    "alora_invocation_tokens", "arrow_config", "layer_replication",
+    "alora_invocation_tokens", "arrow_config", "layer_replication", "use_qalora", "use_bdlora", "kasa_config",
+    "monteclora_config",
 )  # fmt: skip
 # Ways to begin that change the base as well: what its own weights plus B A give is not what was trained.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")

@@ -19,7 +19,7 @@ dicts) are read too.
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,7 +31,7 @@ from chatglm_tokenizer.base import Tokenizer
 from chatglm_tokenizer.load import load_tokenizer
 from chatglm_tokenizer.tokenization_chatglm import CHATGLM2
 from exchange.hf_config import args_from_hf
-from exchange.hf_reader import read_hf_config, read_hf_weights
+from exchange.hf_reader import has_own_head, read_hf_config, read_hf_weights
 from model import ModelArgs, Transformer
 from rope import rope_table
 from stage import UserError
@@ -124,6 +124,8 @@ def tensor_paths(folder: Path, kind: str) -> list[Path]:
 
 def find(path: Path) -> Path:
     """The checkpoint that a user means: a step folder, the newest of a run's, a Hugging Face folder, or a .pth."""
+    if path.suffix in (".safetensors", ".json") and path.is_file():
+        raise UserError(f"{path} 只是模型的一个文件；请给出它所在的文件夹 {path.parent}。")
     is_folder = adapter_files.is_adapter(path) or next(path.glob("model*.safetensors"), None)
     if path.is_file() or is_folder or read_hf_config(path) is not None:
         return path
@@ -260,7 +262,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 def read_args(folder: Path) -> ModelArgs:
     """The shape of a checkpoint, or of a Hugging Face folder."""
     if (config := read_hf_config(folder)) is not None:
-        return args_from_hf(config, folder)
+        args = args_from_hf(config, folder)
+        return replace(args, tie_embeddings=args.tie_embeddings and not has_own_head(folder))
     try:
         return ModelArgs(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:

@@ -74,6 +74,8 @@ def parse_scaling(text: str) -> Scaling:
         scaling = standard_scaling(given, max_seq_len=1) or {}
         if scaling and "factor" not in given:
             raise ValueError("factor is missing")
+        if scaling and not scaling["factor"] >= 1:
+            raise ValueError("factor must be at least 1")
         return {name: value for name, value in scaling.items() if name in given or name == "rope_type"}
     except (ValueError, TypeError) as error:
         raise UserError(

@@ -6,7 +6,7 @@ is to the loop; how adapters are saved: training/adapter_files.py.
 
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +31,7 @@ TABLES = ("tok_embeddings", "output", "embed_tokens", "lm_head")
 # (https://arxiv.org/abs/2304.08177); ten times that of full fine-tuning (https://thinkingmachines.ai/blog/lora/).
 RATE = 2e-4
 BLOCK = 64  # weights that share a scale in nf4
+OF_ADAPTERS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_embed", "rslora", "dora")
 
 
 @dataclass
@@ -67,6 +68,12 @@ class LoraConfig(StageConfig):
             require(not is_muon, "recipe", "muon", "不能用于适配器：它们用 AdamW 训练")
             if self.qlora and getattr(self, "shard", False):
                 raise UserError("--qlora 不能与 --shard 同用：4 位的权重不能切分；请用 --lora --shard。")
+        elif given := [
+            f.name for f in fields(LoraConfig) if f.name in OF_ADAPTERS and getattr(self, f.name) != f.default
+        ]:
+            raise UserError(
+                f"--{given[0]} 是适配器的设置，而现在训练全部权重：请加上 --lora 或 --qlora，或去掉它。"
+            )
 
 
 Config = TypeVar("Config", bound=LoraConfig)

@@ -3,13 +3,14 @@
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 from chatglm_tokenizer.base import NotText
 from chatglm_tokenizer.chat import UNLIMITED, encode_prompt
-from generation.engine import Answer, Busy, Engine
+from generation.engine import Answer, Busy, Engine, Piece
 from generation.sampling import Sampling
 from serving.errors import CONTEXT, ApiError
 from serving.metrics import Metrics
@@ -161,14 +162,23 @@ class Service:
         if answers > most:
             raise ApiError(400, f"一个请求至多 {most} 个回答（提示词数 × n）", "invalid_value", "n")
 
-    def submit(self, prompts: Sequence[tuple[list[int], Sampling]], n: int) -> list[Answer]:
-        """Queue n answers to every prompt, all or none of them. ApiError 429 when they do not all find a place."""
+    def submit(
+        self,
+        prompts: Sequence[tuple[list[int], Sampling]],
+        n: int,
+        notify: Callable[[int, Piece | None], object],
+    ) -> list[Answer]:
+        """Queue n answers to every prompt, all or none of them. ApiError 429 when they do not all find a place.
+
+        notify: takes (number of the answer, piece) in the engine's thread, with None for a piece at the end.
+        """
         engine, answers = self.ready(), []
         try:
             for ids, sampling in prompts:
                 for index in range(n):
                     seed = derived_seed(sampling.seed, index)
-                    answers.append(engine.submit(ids, replace(sampling, seed=seed)))
+                    tell = partial(notify, len(answers))
+                    answers.append(engine.submit(ids, replace(sampling, seed=seed), tell))
         except Exception as error:
             for answer in answers:
                 answer.cancel()

@@ -291,21 +291,27 @@ def test_a_full_queue_answers_429(strict) -> None:
     assert_error(too_many, 400, "n")
 
 
-class Slow:
-    """An answer of the engine's that would never end by itself."""
+class Slow(threading.Thread):
+    """An engine's one answer, that comes a letter at a time, or with nothing, until it is cancelled."""
 
-    finish_reason, completion_tokens, is_cancelled = None, 0, False
+    def __init__(self, silent: bool, timeout: float):
+        super().__init__(daemon=True)
+        self.silent, self.timeout = silent, timeout
+        self.completion_tokens, self.finish_reason, self.is_cancelled = 0, None, False
 
-    def __init__(self, silent: bool):
-        self.silent = silent
+    def submit(self, prompts, n, notify) -> list["Slow"]:
+        self.notify = notify
+        self.start()
+        return [self]
 
-    def __iter__(self):
+    def run(self) -> None:
         while not self.is_cancelled:
             time.sleep(0.01)
             if not self.silent:
                 self.completion_tokens += 1
-                yield Piece("x", [1])
+                self.notify(0, Piece("x", [1]))
         self.finish_reason = "cancelled"
+        self.notify(0, None)
 
     def cancel(self) -> None:
         self.is_cancelled = True
@@ -316,9 +322,9 @@ def test_what_the_time_does_not_allow_is_cut_or_refused() -> None:
         return "".join([item[1].text async for item in reader if item and item[1]])
 
     async def run() -> None:
-        spoken = Reader([Slow(silent=False)], timeout=0.3)
+        spoken = Reader(Slow(silent=False, timeout=0.3), [], 1)
         assert set(await read(spoken)) == {"x"} and spoken.finish_reason(0) == "length"
-        silent = Reader([Slow(silent=True)], timeout=0.1)
+        silent = Reader(Slow(silent=True, timeout=0.1), [], 1)
         assert await read(silent) == ""
         with pytest.raises(ApiError) as error:
             silent.finish_reason(0)

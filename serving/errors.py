@@ -11,13 +11,14 @@ from starlette.exceptions import HTTPException
 
 TYPES = {401: "authentication_error", 408: "timeout_error", 429: "rate_limit_error"}
 CONTEXT = "context_length_exceeded"
+NO_TEXT = "不是合法的文字（含落单的代理字符）"
 
 # What pydantic finds (https://docs.pydantic.dev/latest/errors/validation_errors/), for users.
 MESSAGES = {
     "missing": "缺少这一项",
     "extra_forbidden": "没有这个参数",
     "string_type": "应为字符串",
-    "string_unicode": "不是合法的文字（含落单的代理字符）",
+    "string_unicode": NO_TEXT,
     "string_too_short": "不能为空",
     "string_too_long": "至多 {max_length} 个字符",
     "int_type": "应为整数",
@@ -35,7 +36,7 @@ MESSAGES = {
     "literal_error": "应为 {expected}",
     "too_short": "至少要有 {min_length} 项",
     "too_long": "至多 {max_length} 项",
-    "json_invalid": "请求体不是合法的 JSON",
+    "json_invalid": "不是合法的 JSON",
 }
 
 
@@ -75,14 +76,18 @@ class ApiError(Exception):
 
 
 def from_validation(errors: Sequence[Mapping[str, Any]], names: set[str]) -> ApiError:
-    """The first thing that pydantic found wrong. names: of all parameters, which its paths mix with names of types."""
-    first = errors[0]
+    """What pydantic found wrong: one thing of it. names: of all parameters, which its paths mix with names of types.
+
+    A value that may have several types is wrong for each of them; what lies deepest, or is no matter of type, tells of
+    the type that was meant.
+    """
+    first = max(errors, key=lambda error: (len(error["loc"]), not error["type"].endswith("_type")))
     path = [str(part) for part in first["loc"] if isinstance(part, int) or part in names]
     if first["type"] == "extra_forbidden":
         path.append(str(first["loc"][-1])[:100])
     param = None if first["type"] == "json_invalid" else ".".join(path) or None
     text = MESSAGES.get(first["type"], first["msg"]).format(**first.get("ctx", {}))
-    return ApiError(400, f"{param}：{text}" if param else text, first["type"], param)
+    return ApiError(400, f"{param or '请求体'}：{text}", first["type"], param)
 
 
 def install(app: FastAPI, names: set[str]) -> None:

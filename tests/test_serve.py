@@ -458,6 +458,43 @@ def test_garbage_is_a_bad_request(server, name) -> None:
         assert_error(post(server, RAW[name], path))
 
 
+def test_what_is_wrong_is_told_of_the_type_that_was_meant(server) -> None:
+    image = [{"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": "x"}}]
+    for path, change, param, text in (
+        ("chat/completions", {"stop": ["a"] * 5}, "stop", "至多 4 项"),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": image}]},
+            "messages.0.content.1.type",
+            "'text'",
+        ),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": None}]},
+            "messages.0.content",
+            "字符串",
+        ),
+        ("completions", {"prompt": []}, "prompt", "至少要有 1 项"),
+        ("completions", {"prompt": [5, -1]}, "prompt.1", "不小于 0"),
+        ("completions", {"prompt": [5, 2500]}, "prompt", "在 0 与 2499 之间"),
+    ):
+        body = {"model": "tiny", "prompt" if path == "completions" else "messages": QUESTION, **change}
+        error = assert_error(post(server, body, f"/v1/{path}"), 400, param)
+        assert text in error["message"], error
+    for body in ("", "{"):
+        assert assert_error(post(server, body), 400)["message"].startswith("请求体")
+
+
+def test_head_answers_as_get_without_a_body(server, strict) -> None:
+    for path in ("/", "/health", "/v1/models", "/page/chat.js", "/metrics"):
+        head, get = httpx.head(server.url + path), httpx.get(server.url + path)
+        assert (head.status_code, head.content) == (200, b"")
+        assert head.headers["content-type"] == get.headers["content-type"]
+    assert httpx.head(f"{server.url}/nothing").status_code == 404
+    assert httpx.head(f"{server.url}/v1/completions").status_code == 405
+    assert httpx.head(f"{strict.url}/v1/models").status_code == 401
+
+
 def test_other_garbage(server) -> None:
     for kind in (
         "text/plain",

@@ -28,10 +28,14 @@ class Busy(Exception):
 
 @dataclass(frozen=True)
 class Piece:
-    """Some text of an answer, the ids that it came with, and what was asked to know of each of them."""
+    """Some text of an answer, the ids that it came with, and what was asked to know of each of them.
+
+    begins: where in the answer the text of each id begins, in characters.
+    """
 
     text: str
     ids: list[int]
+    begins: list[int]
     logprobs: list[Logprob] | None = None
 
 
@@ -119,13 +123,14 @@ class Running:
             self.pending = [(index, begin) for index, begin in self.pending if begin < end]
         if not text and not (last and self.pending):
             return
-        places = [index for index, _ in self.pending]
+        places, begins = [index for index, _ in self.pending], [begin for _, begin in self.pending]
         self.pending = []
         asked = self.answer.sampling.logprobs is not None
         self.answer.put(
             Piece(
                 text,
                 [self.row.ids[i] for i in places],
+                begins,
                 [self.row.logprobs[i] for i in places] if asked else None,
             )
         )

@@ -161,6 +161,10 @@ def test_completions_of_texts_ids_and_lists_of_them(server, model) -> None:
         len(told.tokens) == len(told.token_logprobs) == len(told.top_logprobs) == len(told.text_offset) == 8
     )
     assert told.text_offset[0] == 0 and told.text_offset == sorted(told.text_offset)
+    # What waits because a stop string may begin with it comes late and is where it was.
+    stop = [token[-1:] + "绝不出现" for token in told.tokens[:4]]
+    late = create(prompt="北京是", logprobs=3, stop=stop, **options).choices[0].logprobs
+    assert (late.tokens, late.text_offset) == (told.tokens, told.text_offset)
 
 
 def test_seeds_repeat_and_several_answers_differ(server) -> None:
@@ -309,7 +313,7 @@ class Slow(threading.Thread):
             time.sleep(0.01)
             if not self.silent:
                 self.completion_tokens += 1
-                self.notify(0, Piece("x", [1]))
+                self.notify(0, Piece("x", [1], [0]))
         self.finish_reason = "cancelled"
         self.notify(0, None)
 

@@ -11,14 +11,13 @@ from starlette.exceptions import HTTPException
 
 TYPES = {401: "authentication_error", 408: "timeout_error", 429: "rate_limit_error"}
 CONTEXT = "context_length_exceeded"
-NO_TEXT = "不是合法的文字（含落单的代理字符）"
 
 # What pydantic finds (https://docs.pydantic.dev/latest/errors/validation_errors/), for users.
 MESSAGES = {
     "missing": "缺少这一项",
     "extra_forbidden": "没有这个参数",
     "string_type": "应为字符串",
-    "string_unicode": NO_TEXT,
+    "string_unicode": "不是合法的文字（含落单的代理字符）",
     "string_too_short": "不能为空",
     "string_too_long": "至多 {max_length} 个字符",
     "int_type": "应为整数",

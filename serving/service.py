@@ -12,7 +12,7 @@ from chatglm_tokenizer.base import NotText
 from chatglm_tokenizer.chat import UNLIMITED, encode_prompt
 from generation.engine import Answer, Busy, Engine, Piece
 from generation.sampling import Sampling
-from serving.errors import CONTEXT, NO_TEXT, ApiError
+from serving.errors import CONTEXT, ApiError
 from serving.metrics import Metrics
 from serving.requests import ChatMessage, ChatRequest, CompletionRequest
 from serving.responses import Health, Model
@@ -106,8 +106,7 @@ class Service:
                 ids = encode_prompt(messages, self.tokenizer, limit - answer)
                 self.check_room(len(ids), 1, "messages")
         except (UserError, ValueError) as error:  # no text, or no dialogue for the model's own template
-            reason = NO_TEXT if isinstance(error, NotText) else error
-            raise ApiError(400, f"messages：{reason}", "invalid_value", "messages") from error
+            raise ApiError(400, f"messages：{error}", "invalid_value", "messages") from error
         return ids, replace(sampling, max_new_tokens=min(sampling.max_new_tokens, limit - len(ids)))
 
     def completion_prompt(
@@ -117,7 +116,7 @@ class Service:
         try:
             ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         except NotText as error:
-            raise ApiError(400, f"prompt：{NO_TEXT}", "invalid_value", "prompt") from error
+            raise ApiError(400, f"prompt：{error}", "invalid_value", "prompt") from error
         ids = ids or [self.tokenizer.special_tokens["<eos>"]]
         self.check_room(len(ids), (request.limit() or 1) if self.strict_context else 1, "prompt")
         return ids, replace(sampling, max_new_tokens=min(sampling.max_new_tokens, self.context - len(ids)))

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -18,15 +19,17 @@ class Reader:
 
     def __init__(self, service: Any, prompts: Sequence[tuple[list[int], Any]], n: int):
         """prompts: ids and settings, n answers to each. After service.timeout seconds all of them are cut short."""
-        self.loop = asyncio.get_running_loop()
+        self.loop, self.arrived = asyncio.get_running_loop(), service.arrived
         self.queue: asyncio.Queue[tuple[int, Piece | None]] = asyncio.Queue()
         self.deadline, self.timed_out = time.monotonic() + service.timeout, False
         self.answers = service.submit(prompts, n, self.notify)
 
     def notify(self, index: int, piece: Piece | None) -> None:
-        """Take a piece in the engine's thread."""
-        with contextlib.suppress(RuntimeError):  # the loop has ended before the answer
-            self.loop.call_soon_threadsafe(self.queue.put_nowait, (index, piece))
+        """Take a piece in the engine's thread, which wakes the loop once for all that has come by then."""
+        self.arrived.append((self.queue, (index, piece)))
+        if len(self.arrived) == 1:  # or else the loop has been called and is not yet done
+            with contextlib.suppress(RuntimeError):  # the loop has ended before the answer
+                self.loop.call_soon_threadsafe(deliver, self.arrived)
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Piece | None] | None]:
         """(number of the answer, piece), with None for a piece at an answer's end; None alone after a long silence."""
@@ -64,3 +67,10 @@ class Reader:
         text = "在限定的时间内没有轮到这个请求" if self.timed_out else "服务正在关闭"
         code = "timeout" if self.timed_out else "closing"
         raise ApiError(503, text, code, headers={"Retry-After": "10"})
+
+
+def deliver(arrived: deque[tuple[asyncio.Queue, Any]]) -> None:
+    """Give what has come from the engine to those who wait for it, in the loop's thread."""
+    while arrived:
+        queue, item = arrived.popleft()
+        queue.put_nowait(item)

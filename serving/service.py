@@ -3,6 +3,7 @@
 import hashlib
 import json
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -32,6 +33,7 @@ class Service:
         self.created = int(time.time())
         self.metrics = Metrics()
         self.engine: Engine | None = None
+        self.arrived: deque = deque()  # pieces of all requests on their way to the event loop (reader.py)
         self.is_closing = False
         self.fingerprint, self.context = "", 0
         self.token_texts: dict[int, tuple[str, list[int] | None]] = {}

@@ -6,6 +6,7 @@ import signal
 import socket
 import threading
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -300,7 +301,7 @@ class Slow(threading.Thread):
 
     def __init__(self, silent: bool, timeout: float):
         super().__init__(daemon=True)
-        self.silent, self.timeout = silent, timeout
+        self.silent, self.timeout, self.arrived = silent, timeout, deque()
         self.completion_tokens, self.finish_reason, self.is_cancelled = 0, None, False
 
     def submit(self, prompts, n, notify) -> list["Slow"]:

@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from glob import escape
 from pathlib import Path
@@ -194,6 +194,7 @@ def sync_tree(path: Path) -> None:
     """
     for file in path.rglob("*") if path.is_dir() else [path]:
         if file.is_file():
-            file.chmod(0o666 & ~UMASK)
+            with suppress(OSError):  # file systems without permissions
+                file.chmod(0o666 & ~UMASK)
             with open(file, "r+b") as handle:  # Windows flushes only files open for writing
                 os.fsync(handle.fileno())

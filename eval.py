@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from chatglm_tokenizer.chat import Message, encode_prompt
+from chatglm_tokenizer.chat import UNLIMITED, Message, encode_prompt
 from generation.config import InferenceConfig
 from generation.engine import Engine
 from generation.prepare import Precision
@@ -60,6 +60,7 @@ def main(cfg: Config) -> None:
         need(cfg.model, "sft.py", cfg)
     if cfg.save:
         check_writable(cfg.save)
+    from_files = {file: read_items(file) for file in cfg.file}
     loaded = cfg.load()
     if cfg.chat:
         with Engine(loaded.model, loaded.tokenizer, slots=1) as engine:
@@ -71,11 +72,10 @@ def main(cfg: Config) -> None:
     for item in items:
         print(f"问：{item.messages[-1]['content']}\n答：{item.answer}\n")
     rows = []
-    for file in cfg.file:
-        from_file = read_items(file)
-        answer(from_file, cfg, loaded)
-        rows += show(file, from_file)
-        items += from_file
+    for file, its_items in from_files.items():
+        answer(its_items, cfg, loaded)
+        rows += show(file, its_items)
+        items += its_items
     if rows:
         print(table(["文件", "题数", "完全一致", "BLEU", "ROUGE-1", "ROUGE-2", "ROUGE-L"], rows))
     if cfg.save:
@@ -104,10 +104,10 @@ def to_item(row: dict[str, Any] | str) -> Item:
         return Item([{"role": "user", "content": row}])
     if isinstance(row.get("question"), str) and row["question"].strip():
         reference = row.get("answer")
-        return Item(
-            [{"role": "user", "content": row["question"]}],
-            reference.strip() if isinstance(reference, str) else "",
-        )
+        if not isinstance(reference, str | int | float | None):
+            raise Unusable("answer 既不是文字也不是数")
+        reference = "" if reference is None else str(reference).strip()
+        return Item([{"role": "user", "content": row["question"]}], reference)
     messages = to_messages(row)
     system = [{"role": "system", "content": messages["system"]}] if "system" in messages else []
     return Item(system + messages["messages"][:-1], messages["messages"][-1]["content"])
@@ -116,7 +116,12 @@ def to_item(row: dict[str, Any] | str) -> Item:
 def answer(items: Sequence[Item], cfg: Config, loaded: Checkpoint) -> None:
     """Fill in the answers; questions of similar length are begun together."""
     room = prompt_room(cfg, loaded)
-    prompts = [encode_prompt(item.messages, loaded.tokenizer, room) for item in items]
+    prompts = [encode_prompt(item.messages, loaded.tokenizer, UNLIMITED) for item in items]
+    too_long = [i for i, prompt in enumerate(prompts) if len(prompt) > room]
+    for i in too_long:
+        prompts[i] = encode_prompt(items[i].messages, loaded.tokenizer, room)
+    if too_long:
+        print(f"{len(too_long)} 个问题放不进上下文：去掉了最早的几轮对话，或问题的开头。")
     order = sorted(range(len(items)), key=lambda i: len(prompts[i]))
     with Engine(loaded.model, loaded.tokenizer, slots=BATCH, max_waiting=len(items)) as engine:
         try:

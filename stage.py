@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from glob import escape
 from pathlib import Path
@@ -31,6 +31,9 @@ from typing import Any, ClassVar
 # 5 times slower as soon as anything else runs. A short spin costs nothing then and is faster when nothing does
 # (docs/LOG.md). libgomp reads this when torch is first imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
+UMASK = os.umask(0)  # which cannot be read without being set
+os.umask(UMASK)
 
 ROOT = Path(__file__).resolve().parent
 DEMO_DIR = ROOT / "data" / "demo"
@@ -185,8 +188,13 @@ def sidecar_path(path: Path) -> Path:
 
 
 def sync_tree(path: Path) -> None:
-    """Flush a file, or every file of a folder, to the disk, so that a rename never precedes its content."""
+    """Flush a file, or every file of a folder, to the disk, so that a rename never precedes its content.
+
+    And let others read it as far as the umask does: safetensors makes files for their owner alone.
+    """
     for file in path.rglob("*") if path.is_dir() else [path]:
         if file.is_file():
+            with suppress(OSError):  # file systems without permissions
+                file.chmod(0o666 & ~UMASK)
             with open(file, "r+b") as handle:  # Windows flushes only files open for writing
                 os.fsync(handle.fileno())

@@ -78,6 +78,6 @@ def check_surrogates(text: str) -> None:
     for position, character in enumerate(text):
         if "\ud800" <= character <= "\udfff":
             raise NotText(
-                f"lone surrogate U+{ord(character):04X} at position {position}: not valid text; "
-                'repair it with text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")'
+                f"不是合法的文字：第 {position + 1} 个字符 U+{ord(character):04X} 是落单的代理字符；"
+                '可以这样修复：text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")'
             )

@@ -51,12 +51,12 @@ class Batch:
     def check(self, prompt: Sequence[int]) -> None:
         """Raise ValueError for a prompt that cannot be continued."""
         if not prompt:
-            raise ValueError("a prompt needs at least one token")
+            raise ValueError("提示词至少要有一个 token")
         if len(prompt) >= self.limit:
-            raise ValueError(f"the prompt has {len(prompt)} tokens; the context is max_seq_len={self.limit}")
+            raise ValueError(f"提示词有 {len(prompt)} 个 token，而上下文只有 {self.limit} 个（max_seq_len）")
         rows = self.vocab_size or self.model.args.vocab_size
         if min(prompt) < 0 or max(prompt) >= rows:
-            raise ValueError(f"ids of a prompt must be within 0 and {rows - 1}")
+            raise ValueError(f"提示词的 token 应在 0 与 {rows - 1} 之间")
 
     def add(self, prompt: Sequence[int], sampling: Sampling) -> Row:
         """Let a request join; ValueError for a prompt that cannot be continued. There must be a free slot."""

@@ -44,7 +44,7 @@ class InferenceConfig(StageConfig):
         penalty = self.repetition_penalty
         require(0.01 <= penalty <= 100, "repetition_penalty", penalty, "在 0.01 与 100 之间")
         require(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "至少为 1")
-        require(self.top_p is None or 0 < self.top_p <= 1, "top_p", self.top_p, "在 0 与 1 之间")
+        require(self.top_p is None or 0 < self.top_p <= 1, "top_p", self.top_p, "大于 0，且不超过 1")
         require(self.min_p is None or 0 <= self.min_p <= 1, "min_p", self.min_p, "在 0 与 1 之间")
         for name in ("presence_penalty", "frequency_penalty"):
             require(abs(getattr(self, name)) <= 100, name, getattr(self, name), "在 -100 与 100 之间")

@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from chatglm_tokenizer.base import Tokenizer
@@ -28,27 +28,36 @@ class Busy(Exception):
 
 @dataclass(frozen=True)
 class Piece:
-    """Some text of an answer, the ids that it came with, and what was asked to know of each of them."""
+    """Some text of an answer, the ids that it came with, and what was asked to know of each of them.
+
+    begins: where in the answer the text of each id begins, in characters.
+    """
 
     text: str
     ids: list[int]
+    begins: list[int]
     logprobs: list[Logprob] | None = None
+
+
+Notify = Callable[[Piece | None], object]  # takes pieces in the engine's thread, and None behind the last
 
 
 class Answer:
     """What the engine generates for one request: iterate over it for its pieces, then read `finish_reason`.
 
+    With a `notify` the pieces go there instead, as they come, and there is nothing to iterate over.
     finish_reason: "stop" (a stop id or string), "length" (max_new_tokens, or the context is full), "cancelled", or
     "error", with a message in `error`. completion_tokens counts every generated id, the stop id included.
     """
 
-    def __init__(self, prompt: Sequence[int], sampling: Sampling):
+    def __init__(self, prompt: Sequence[int], sampling: Sampling, notify: Notify | None = None):
         self.prompt, self.sampling = list(prompt), sampling
         self.prompt_tokens, self.completion_tokens = len(self.prompt), 0
         self.finish_reason: str | None = None
         self.error = ""
         self.is_cancelled = False
         self._pieces: queue.Queue[Piece | None] = queue.Queue()
+        self.put = notify or self._pieces.put
         self._ended = False  # the reader has seen the end
 
     def get(self, timeout: float | None = None) -> Piece | None:
@@ -114,13 +123,14 @@ class Running:
             self.pending = [(index, begin) for index, begin in self.pending if begin < end]
         if not text and not (last and self.pending):
             return
-        places = [index for index, _ in self.pending]
+        places, begins = [index for index, _ in self.pending], [begin for _, begin in self.pending]
         self.pending = []
         asked = self.answer.sampling.logprobs is not None
-        self.answer._pieces.put(
+        self.answer.put(
             Piece(
                 text,
                 [self.row.ids[i] for i in places],
+                begins,
                 [self.row.logprobs[i] for i in places] if asked else None,
             )
         )
@@ -152,10 +162,13 @@ class Engine:
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.thread.start()
 
-    def submit(self, prompt: Sequence[int], sampling: Sampling) -> Answer:
-        """Queue a request. Busy when too many wait; ValueError for an unusable prompt; RuntimeError once closed."""
+    def submit(self, prompt: Sequence[int], sampling: Sampling, notify: Notify | None = None) -> Answer:
+        """Queue a request. Busy when too many wait; ValueError for an unusable prompt; RuntimeError once closed.
+
+        notify: where the pieces go, for those who cannot wait for them; it must neither block nor raise.
+        """
         self.batch.check(prompt)
-        answer = Answer(prompt, sampling)
+        answer = Answer(prompt, sampling, notify)
         with self.changed:
             if self.is_closing:
                 raise RuntimeError("the engine is closed")
@@ -255,7 +268,7 @@ class Engine:
         with self.changed:
             self.counts["cancelled"] += reason == "cancelled"
             self.counts["errors"] += reason == "error"
-        answer._pieces.put(None)
+        answer.put(None)
 
     def _fail(self, message: str) -> None:
         """End all running requests with an error."""

@@ -69,13 +69,13 @@ class TerminalChat:
         """Stream the answer to the last question; it joins the history, even if it was stopped half-way."""
         try:
             prompt = encode_prompt(messages, self.tokenizer, self.room)
-            forgotten = turns_left_out(messages, prompt, self.tokenizer)
+            notice = left_out(messages, prompt, self.tokenizer)
             started = self.engine.submit(prompt, self.draw(again))
         except ValueError as error:
             print(f"不能回答：{error}")
             return
-        if forgotten:
-            print(f"（对话超出上下文长度，最早的 {forgotten} 轮不再参与回答。）")
+        if notice:
+            print(notice)
         print("答：", end="", flush=True)
         begin, reply = time.perf_counter(), ""
         with interrupt_stops(started):
@@ -99,14 +99,14 @@ class TerminalChat:
         return replace(self.sampling, temperature=self.sampling.temperature or 0.8, seed=None)
 
 
-def turns_left_out(messages: Sequence[Message], prompt: Sequence[int], tokenizer: Tokenizer) -> int:
-    """How many of the oldest turns a prompt does without."""
+def left_out(messages: Sequence[Message], prompt: Sequence[int], tokenizer: Tokenizer) -> str:
+    """What a prompt does without, in words; nothing if it is whole."""
     system = [m for m in messages if m["role"] == "system"]
     rest = messages[len(system) :]
-    for left_out in range(0, len(rest), 2):
-        if encode_prompt([*system, *rest[left_out:]], tokenizer, UNLIMITED) == prompt:
-            return left_out // 2
-    return len(rest) // 2  # of the last question, too, the beginning is missing
+    for begin in range(0, len(rest), 2):
+        if encode_prompt([*system, *rest[begin:]], tokenizer, UNLIMITED) == prompt:
+            return f"（对话超出上下文长度，最早的 {begin // 2} 轮不再参与回答。）" if begin else ""
+    return "（这个问题超出上下文长度，只用了它的末尾；以前的对话不再参与回答。）"
 
 
 @contextmanager

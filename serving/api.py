@@ -91,7 +91,7 @@ def add_completions(app: FastAPI, service: Service) -> None:
     async def respond(
         kind: str, body: Any, request: Request, prompts: Sequence, prefixes: list[str] | None
     ) -> Response:
-        reader = Reader(service.submit(prompts, body.n or 1), service.timeout)
+        reader = Reader(service, prompts, body.n or 1)
         shape = Shape(kind, service, reader, body.n or 1, prefixes, body.alternatives())
         if body.stream:
             return EventStream(reader, shape.events(body.wants_usage))

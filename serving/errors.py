@@ -35,7 +35,7 @@ MESSAGES = {
     "literal_error": "应为 {expected}",
     "too_short": "至少要有 {min_length} 项",
     "too_long": "至多 {max_length} 项",
-    "json_invalid": "请求体不是合法的 JSON",
+    "json_invalid": "不是合法的 JSON",
 }
 
 
@@ -75,14 +75,18 @@ class ApiError(Exception):
 
 
 def from_validation(errors: Sequence[Mapping[str, Any]], names: set[str]) -> ApiError:
-    """The first thing that pydantic found wrong. names: of all parameters, which its paths mix with names of types."""
-    first = errors[0]
+    """What pydantic found wrong: one thing of it. names: of all parameters, which its paths mix with names of types.
+
+    A value that may have several types is wrong for each of them; what lies deepest, or is no matter of type, tells of
+    the type that was meant.
+    """
+    first = max(errors, key=lambda error: (len(error["loc"]), not error["type"].endswith("_type")))
     path = [str(part) for part in first["loc"] if isinstance(part, int) or part in names]
     if first["type"] == "extra_forbidden":
         path.append(str(first["loc"][-1])[:100])
     param = None if first["type"] == "json_invalid" else ".".join(path) or None
     text = MESSAGES.get(first["type"], first["msg"]).format(**first.get("ctx", {}))
-    return ApiError(400, f"{param}：{text}" if param else text, first["type"], param)
+    return ApiError(400, f"{param or '请求体'}：{text}", first["type"], param)
 
 
 def install(app: FastAPI, names: set[str]) -> None:

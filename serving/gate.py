@@ -37,6 +37,8 @@ class Gate:
     async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        if scope["method"] == "HEAD":  # the answer of a GET, of which uvicorn leaves out the body
+            scope = {**scope, "method": "GET"}
         start, status = time.monotonic(), 499  # as nginx calls a client that has gone
 
         async def counted(message: dict) -> None:

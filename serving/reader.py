@@ -1,12 +1,13 @@
-"""From the engine's threads to the event loop: the answers of one request as they come, and their end."""
+"""From the engine's thread to the event loop: the answers of one request as they come, and their end."""
 
 import asyncio
 import contextlib
-import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
-from generation.engine import Answer, Piece
+from generation.engine import Piece
 from serving.errors import ApiError
 
 PING = 15.0  # seconds of silence after which a proxy might think that the connection is dead
@@ -14,23 +15,21 @@ LATE = 30.0  # seconds after which an engine that does not end its answers count
 
 
 class Reader:
-    """Reads the answers of a request, each by a thread that waits for the engine so that the event loop does not."""
+    """Submits a request's prompts and hears from the engine what comes of them."""
 
-    def __init__(self, answers: Sequence[Answer], timeout: float):
-        """timeout: seconds from now until all of them are cut short."""
-        self.answers = answers
-        self.deadline = time.monotonic() + timeout
-        self.timed_out = False
+    def __init__(self, service: Any, prompts: Sequence[tuple[list[int], Any]], n: int):
+        """prompts: ids and settings, n answers to each. After service.timeout seconds all of them are cut short."""
+        self.loop, self.arrived = asyncio.get_running_loop(), service.arrived
         self.queue: asyncio.Queue[tuple[int, Piece | None]] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-        for index, answer in enumerate(answers):
-            threading.Thread(target=self._pump, args=(loop, index, answer), daemon=True).start()
+        self.deadline, self.timed_out = time.monotonic() + service.timeout, False
+        self.answers = service.submit(prompts, n, self.notify)
 
-    def _pump(self, loop: asyncio.AbstractEventLoop, index: int, answer: Answer) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has ended before the answer
-            for piece in answer:
-                loop.call_soon_threadsafe(self.queue.put_nowait, (index, piece))
-            loop.call_soon_threadsafe(self.queue.put_nowait, (index, None))
+    def notify(self, index: int, piece: Piece | None) -> None:
+        """Take a piece in the engine's thread, which wakes the loop once for all that has come by then."""
+        self.arrived.append((self.queue, (index, piece)))
+        if len(self.arrived) == 1:  # or else the loop has been called and is not yet done
+            with contextlib.suppress(RuntimeError):  # the loop has ended before the answer
+                self.loop.call_soon_threadsafe(deliver, self.arrived)
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Piece | None] | None]:
         """(number of the answer, piece), with None for a piece at an answer's end; None alone after a long silence."""
@@ -68,3 +67,10 @@ class Reader:
         text = "在限定的时间内没有轮到这个请求" if self.timed_out else "服务正在关闭"
         code = "timeout" if self.timed_out else "closing"
         raise ApiError(503, text, code, headers={"Retry-After": "10"})
+
+
+def deliver(arrived: deque[tuple[asyncio.Queue, Any]]) -> None:
+    """Give what has come from the engine to those who wait for it, in the loop's thread."""
+    while arrived:
+        queue, item = arrived.popleft()
+        queue.put_nowait(item)

@@ -3,13 +3,15 @@
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 from chatglm_tokenizer.base import NotText
 from chatglm_tokenizer.chat import UNLIMITED, encode_prompt
-from generation.engine import Answer, Busy, Engine
+from generation.engine import Answer, Busy, Engine, Piece
 from generation.sampling import Sampling
 from serving.errors import CONTEXT, ApiError
 from serving.metrics import Metrics
@@ -31,6 +33,7 @@ class Service:
         self.created = int(time.time())
         self.metrics = Metrics()
         self.engine: Engine | None = None
+        self.arrived: deque = deque()  # pieces of all requests on their way to the event loop (reader.py)
         self.is_closing = False
         self.fingerprint, self.context = "", 0
         self.token_texts: dict[int, tuple[str, list[int] | None]] = {}
@@ -115,7 +118,7 @@ class Service:
         try:
             ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         except NotText as error:
-            raise ApiError(400, "prompt 含有不合法的文字", "invalid_value", "prompt") from error
+            raise ApiError(400, f"prompt：{error}", "invalid_value", "prompt") from error
         ids = ids or [self.tokenizer.special_tokens["<eos>"]]
         self.check_room(len(ids), (request.limit() or 1) if self.strict_context else 1, "prompt")
         return ids, replace(sampling, max_new_tokens=min(sampling.max_new_tokens, self.context - len(ids)))
@@ -161,14 +164,23 @@ class Service:
         if answers > most:
             raise ApiError(400, f"一个请求至多 {most} 个回答（提示词数 × n）", "invalid_value", "n")
 
-    def submit(self, prompts: Sequence[tuple[list[int], Sampling]], n: int) -> list[Answer]:
-        """Queue n answers to every prompt, all or none of them. ApiError 429 when they do not all find a place."""
+    def submit(
+        self,
+        prompts: Sequence[tuple[list[int], Sampling]],
+        n: int,
+        notify: Callable[[int, Piece | None], object],
+    ) -> list[Answer]:
+        """Queue n answers to every prompt, all or none of them. ApiError 429 when they do not all find a place.
+
+        notify: takes (number of the answer, piece) in the engine's thread, with None for a piece at the end.
+        """
         engine, answers = self.ready(), []
         try:
             for ids, sampling in prompts:
                 for index in range(n):
                     seed = derived_seed(sampling.seed, index)
-                    answers.append(engine.submit(ids, replace(sampling, seed=seed)))
+                    tell = partial(notify, len(answers))
+                    answers.append(engine.submit(ids, replace(sampling, seed=seed), tell))
         except Exception as error:
             for answer in answers:
                 answer.cancel()
@@ -176,7 +188,7 @@ class Service:
                 text = "请求太多，队列已满，请稍后再试"
                 raise ApiError(429, text, "queue_full", headers={"Retry-After": "2"}) from error
             if isinstance(error, ValueError):
-                raise ApiError(400, f"模型无法使用这个提示词：{error}", "invalid_prompt") from error
+                raise ApiError(400, f"prompt：{error}", "invalid_prompt", "prompt") from error
             self.ready()  # closed in the meantime: 503
             raise
         return answers

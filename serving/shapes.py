@@ -53,10 +53,12 @@ class Shape:
         if not self.has_first:
             self.has_first = True
             self.service.metrics.first_token_seconds.observe(time.monotonic() - self.started)
-        text, place = piece.text, len(self.texts[index])
+        text, before = piece.text, len(self.prefixes[index])
         if self.is_chat and not self.texts[index]:
             text = text.lstrip()  # the first piece of a vocabulary like Llama's has a space before its word
-        logprobs = [(entry, place) for entry in piece.logprobs or ()]
+        logprobs = [
+            (entry, before + begin) for entry, begin in zip(piece.logprobs or (), piece.begins, strict=False)
+        ]
         self.texts[index] += text
         self.logprobs[index] += logprobs
         return text, logprobs

@@ -136,6 +136,15 @@ def test_ask_regenerate_edit_and_reload(page, server) -> None:
     assert finished(page) == second
 
 
+def test_an_enter_of_an_input_method_does_not_send(page) -> None:
+    page.fill("#input", "nihao")
+    for of_composition in ({"isComposing": True}, {"keyCode": 229}):  # Chromium and Firefox; Safari
+        page.dispatch_event("#input", "keydown", {"key": "Enter", **of_composition})
+    page.press("#input", "Shift+Enter")
+    page.type("#input", "ma")
+    assert page.locator(".user").count() == 0 and page.input_value("#input") == "nihao\nma"
+
+
 def test_stop_frees_the_slot_and_keeps_what_was_said(page, server) -> None:
     set_option(page, "max_tokens", 1000)
     set_option(page, "temperature", 2)

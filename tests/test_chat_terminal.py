@@ -14,7 +14,7 @@ from test_model import random_model
 
 from chatglm_tokenizer.chat import encode_prompt
 from chatglm_tokenizer.tokenization_chatglm import ChatGLMTokenizer
-from generation.terminal import turns_left_out
+from generation.terminal import left_out
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +54,12 @@ def test_stop_strings_and_threads_from_the_command_line(chatty) -> None:
 
 def test_a_long_dialogue_forgets_its_oldest_turns_with_a_notice(chatty) -> None:
     lines = "".join(f"第{i}个问题{'很长' * 400}\n" for i in range(6))
-    out = talk(chatty, "/system 保留\n" + lines + "/exit\n")
-    assert out.count("答：") == 6
-    assert "不再参与回答" in out
+    out = talk(
+        chatty, "/system 保留\n" + lines + "很长" * 9000 + "\n/system " + "很长" * 9000 + "\n问\n/exit\n"
+    )
+    assert out.replace("不能回答：", "").count("答：") == 7
+    assert "最早的 1 轮不再参与回答" in out and "只用了它的末尾" in out
+    assert "不能回答：提示词有" in out  # a system text is never cut
 
 
 def test_what_is_left_out_is_counted_and_never_the_system_text(vocabulary) -> None:
@@ -67,12 +70,13 @@ def test_what_is_left_out_is_counted_and_never_the_system_text(vocabulary) -> No
     messages = messages[:-1]
     whole = encode_prompt(messages, tokenizer, 10**6)
     head = tokenizer.encode("系统")
-    for room in (len(whole), len(whole) - 1, len(whole) // 2, len(head) + 4):
+    for room in (len(whole), len(whole) - 1, len(whole) // 2, len(head) + 2):
         prompt = encode_prompt(messages, tokenizer, room)
         assert prompt[: len(head)] == head
         assert len(prompt) <= room
-        left_out = turns_left_out(messages, prompt, tokenizer)
-        assert (left_out == 0) == (room == len(whole))
+        notice = left_out(messages, prompt, tokenizer)
+        assert (notice == "") == (room == len(whole))
+        assert ("问题" in notice) == (room == len(head) + 2)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")

@@ -157,7 +157,7 @@ def test_cancelling_frees_the_slot_and_waiting_requests_can_be_cancelled(model, 
 def test_unusable_prompts_are_refused_and_a_closed_engine_takes_nothing(model, tokenizer) -> None:
     engine = Engine(model, tokenizer)
     for prompt in ([], [5] * 400, [10**6], [-1]):
-        with pytest.raises(ValueError, match=r"prompt"):
+        with pytest.raises(ValueError, match="提示词"):
             engine.submit(prompt, Sampling(5))
     running = engine.submit([5], Sampling(20, temperature=0))
     with pytest.raises(queue.Empty):

@@ -6,6 +6,7 @@ import signal
 import socket
 import threading
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -161,6 +162,10 @@ def test_completions_of_texts_ids_and_lists_of_them(server, model) -> None:
         len(told.tokens) == len(told.token_logprobs) == len(told.top_logprobs) == len(told.text_offset) == 8
     )
     assert told.text_offset[0] == 0 and told.text_offset == sorted(told.text_offset)
+    # What waits because a stop string may begin with it comes late and is where it was.
+    stop = [token[-1:] + "绝不出现" for token in told.tokens[:4]]
+    late = create(prompt="北京是", logprobs=3, stop=stop, **options).choices[0].logprobs
+    assert (late.tokens, late.text_offset) == (told.tokens, told.text_offset)
 
 
 def test_seeds_repeat_and_several_answers_differ(server) -> None:
@@ -291,21 +296,27 @@ def test_a_full_queue_answers_429(strict) -> None:
     assert_error(too_many, 400, "n")
 
 
-class Slow:
-    """An answer of the engine's that would never end by itself."""
+class Slow(threading.Thread):
+    """An engine's one answer, that comes a letter at a time, or with nothing, until it is cancelled."""
 
-    finish_reason, completion_tokens, is_cancelled = None, 0, False
+    def __init__(self, silent: bool, timeout: float):
+        super().__init__(daemon=True)
+        self.silent, self.timeout, self.arrived = silent, timeout, deque()
+        self.completion_tokens, self.finish_reason, self.is_cancelled = 0, None, False
 
-    def __init__(self, silent: bool):
-        self.silent = silent
+    def submit(self, prompts, n, notify) -> list["Slow"]:
+        self.notify = notify
+        self.start()
+        return [self]
 
-    def __iter__(self):
+    def run(self) -> None:
         while not self.is_cancelled:
             time.sleep(0.01)
             if not self.silent:
                 self.completion_tokens += 1
-                yield Piece("x", [1])
+                self.notify(0, Piece("x", [1], [0]))
         self.finish_reason = "cancelled"
+        self.notify(0, None)
 
     def cancel(self) -> None:
         self.is_cancelled = True
@@ -316,9 +327,9 @@ def test_what_the_time_does_not_allow_is_cut_or_refused() -> None:
         return "".join([item[1].text async for item in reader if item and item[1]])
 
     async def run() -> None:
-        spoken = Reader([Slow(silent=False)], timeout=0.3)
+        spoken = Reader(Slow(silent=False, timeout=0.3), [], 1)
         assert set(await read(spoken)) == {"x"} and spoken.finish_reason(0) == "length"
-        silent = Reader([Slow(silent=True)], timeout=0.1)
+        silent = Reader(Slow(silent=True, timeout=0.1), [], 1)
         assert await read(silent) == ""
         with pytest.raises(ApiError) as error:
             silent.finish_reason(0)
@@ -450,6 +461,43 @@ RAW = {
 def test_garbage_is_a_bad_request(server, name) -> None:
     for path in ("/v1/chat/completions", "/v1/completions"):
         assert_error(post(server, RAW[name], path))
+
+
+def test_what_is_wrong_is_told_of_the_type_that_was_meant(server) -> None:
+    image = [{"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": "x"}}]
+    for path, change, param, text in (
+        ("chat/completions", {"stop": ["a"] * 5}, "stop", "至多 4 项"),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": image}]},
+            "messages.0.content.1.type",
+            "'text'",
+        ),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": None}]},
+            "messages.0.content",
+            "字符串",
+        ),
+        ("completions", {"prompt": []}, "prompt", "至少要有 1 项"),
+        ("completions", {"prompt": [5, -1]}, "prompt.1", "不小于 0"),
+        ("completions", {"prompt": [5, 2500]}, "prompt", "在 0 与 2499 之间"),
+    ):
+        body = {"model": "tiny", "prompt" if path == "completions" else "messages": QUESTION, **change}
+        error = assert_error(post(server, body, f"/v1/{path}"), 400, param)
+        assert text in error["message"], error
+    for body in ("", "{"):
+        assert assert_error(post(server, body), 400)["message"].startswith("请求体")
+
+
+def test_head_answers_as_get_without_a_body(server, strict) -> None:
+    for path in ("/", "/health", "/v1/models", "/page/chat.js", "/metrics"):
+        head, get = httpx.head(server.url + path), httpx.get(server.url + path)
+        assert (head.status_code, head.content) == (200, b"")
+        assert head.headers["content-type"] == get.headers["content-type"]
+    assert httpx.head(f"{server.url}/nothing").status_code == 404
+    assert httpx.head(f"{server.url}/v1/completions").status_code == 405
+    assert httpx.head(f"{strict.url}/v1/models").status_code == 401
 
 
 def test_other_garbage(server) -> None:

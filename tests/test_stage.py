@@ -1,7 +1,11 @@
 """What every stage shares: atomic outputs, the demo as a fallback, settings that cannot work."""
 
+import os
+
 import pytest
+import torch
 from conftest import script
+from safetensors.torch import save_file
 
 from sources.files import list_files
 from sources.published_tokens import published_bins
@@ -25,9 +29,20 @@ def test_a_file_or_folder_appears_whole_or_not_at_all(tmp_path) -> None:
     assert sorted(f.name for f in tmp_path.iterdir()) == ["file", "folder"]
 
 
-def test_an_interrupted_swap_brings_the_old_folder_back(tmp_path, monkeypatch) -> None:
-    import os
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_others_may_read_what_the_umask_lets_them(tmp_path) -> None:
+    """safetensors by itself makes files for their owner alone: no other user could serve them."""
+    with atomic_path(tmp_path / "folder") as folder, atomic_path(tmp_path / "file.safetensors") as file:
+        folder.mkdir()
+        for path in (folder / "model.safetensors", file):
+            save_file({"x": torch.zeros(1)}, path)
+    (tmp_path / "plain").touch()
+    usual = (tmp_path / "plain").stat().st_mode
+    for path in (tmp_path / "folder" / "model.safetensors", tmp_path / "file.safetensors"):
+        assert path.stat().st_mode == usual
 
+
+def test_an_interrupted_swap_brings_the_old_folder_back(tmp_path, monkeypatch) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "old").touch()

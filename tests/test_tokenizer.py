@@ -46,7 +46,7 @@ def test_any_text_equals_sentencepiece(tokenizer: ChatGLMTokenizer, texts: list[
 
 
 def test_lone_surrogates_and_foreign_ids_are_clear_errors(tokenizer: ChatGLMTokenizer) -> None:
-    with pytest.raises(ValueError, match=r"U\+D83D at position 2"):
+    with pytest.raises(ValueError, match=r"第 3 个字符 U\+D83D"):
         tokenizer.encode("坏了\ud83d字")
     with pytest.raises(ValueError, match="outside the vocabulary"):
         tokenizer.decode([tokenizer.vocab_size + 5])

@@ -324,6 +324,9 @@ def test_eval_answers_scores_and_saves(tuned, tmp_path) -> None:
     rows = [
         {"question": "水的化学式是什么？", "answer": "水的化学式是H2O。"},
         {"instruction": "你好吗", "output": "好"},
+        {"question": "一加六等于几？", "answer": 7},
+        {"question": "哪些？", "answer": ["甲", "乙"]},
+        {"question": "很长" * 600},
     ]
     questions.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
     done = script(
@@ -335,7 +338,8 @@ def test_eval_answers_scores_and_saves(tuned, tmp_path) -> None:
     saved = [
         json.loads(line) for line in (tmp_path / "answers.jsonl").read_text(encoding="utf-8").splitlines()
     ]
-    assert [row["reference"] for row in saved] == ["", "水的化学式是H2O。", "好"]
+    assert [row["reference"] for row in saved] == ["", "水的化学式是H2O。", "好", "7", ""]
+    assert "answer 既不是文字也不是数" in done.stdout and "1 个问题放不进上下文" in done.stdout
     (tmp_path / "plain.txt").write_text("第一个问题\n第二个问题\n", encoding="utf-8")
     plain = script(
         "eval.py", "--model", tuned / "out", "--file", tmp_path / "plain.txt", "--max_new_tokens", 4
@@ -348,8 +352,10 @@ def test_text_that_is_not_text_is_one_clear_line(tuned, tmp_path) -> None:
         failed = script("eval.py", "--model", tuned / "out", *options, ok=False)
         assert "surrogate" in failed.stderr
     (tmp_path / "gbk.txt").write_bytes("这是一个问题，用的是国标编码\n第二个问题也是\n".encode("gbk"))
-    failed = script("eval.py", "--model", tuned / "out", "--file", tmp_path / "gbk.txt", ok=False)
-    assert "GBK" in failed.stdout
+    (tmp_path / "good.txt").write_text("第一个问题\n", encoding="utf-8")
+    files = tmp_path / "good.txt", tmp_path / "gbk.txt"  # found out before anything is answered
+    failed = script("eval.py", "--model", tuned / "out", "--file", *files, ok=False)
+    assert "GBK" in failed.stdout and "答：" not in failed.stdout
     (tmp_path / "log.txt").write_text("[INFO] data here\n[INFO] data\n", encoding="utf-8")
     script("sft_data_process.py", "--data", tmp_path / "log.txt", "--out", tmp_path / "x.csv", ok=False)
 

@@ -242,7 +242,8 @@ $("form").addEventListener("submit", (event) => {
   ask(text);
 });
 $("input").addEventListener("keydown", (event) => {
-  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return; // of an input method: not yet a line
+  // An Enter of an input method is not yet a line. Safari ends the composition before it tells of that Enter: 229.
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return;
   event.preventDefault();
   $("form").requestSubmit();
 });

@@ -19,7 +19,18 @@ from chatglm_tokenizer.tokenization_chatglm import CHATGLM2, ChatGLMTokenizer
 from sources.aside import SetAside
 from sources.pretrain_text import read_documents
 from sources.report import write_json
-from stage import DEMO_DIR, ROOT, StageConfig, UserError, atomic_path, need, require, run_stage, sidecar_path
+from stage import (
+    DEMO_DIR,
+    ROOT,
+    StageConfig,
+    UserError,
+    atomic_path,
+    check_writable,
+    need,
+    require,
+    run_stage,
+    sidecar_path,
+)
 
 HELD_OUT_EVERY = 50  # one document in so many measures the compression and is not trained on
 HELD_OUT_CHARACTERS = 1_000_000
@@ -54,6 +65,7 @@ class Config(StageConfig):
 def main(cfg: Config) -> None:
     if cfg.demo:
         need(cfg.data, "data_clean/clear.py", cfg)
+    check_writable(cfg.out)
     corpus = Corpus(cfg.data)
     with atomic_path(cfg.out) as temporary:
         temporary.write_bytes(train(cfg, corpus))

@@ -148,7 +148,7 @@ def main(cfg: Config) -> None:
 
 def extract_jobs(cfg: Config) -> list[ExtractJob]:
     """The pieces of the corpora to compare with, then those of the corpus."""
-    pieces = split_into_pieces(cfg.data, (*OUR_OUTPUTS, cfg.out))
+    pieces = split_into_pieces(cfg.data, (*OUR_OUTPUTS, cfg.out, *cfg.against))
     others = [piece for folder in cfg.against for piece in split_into_pieces(folder, ())]
     recipe = make_recipe(cfg)
     both = [(piece, True) for piece in others] + [(piece, False) for piece in pieces]

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from sources.aside import SetAside
 from sources.batches import Batch, part_batches
-from sources.containers import open_parts
+from sources.containers import is_csv, open_parts
 from sources.detect import HEAD, detect
 from sources.files import OUR_OUTPUTS, list_files, source_name
 from sources.parquet import DAMAGED as PARQUET_DAMAGED
@@ -35,7 +35,7 @@ def split_into_pieces(
 ) -> list[Piece]:
     """The pieces of all data files of a file or folder, in order; together they hold every row once.
 
-    What cannot be split (compressed files, JSON arrays) is one piece, whatever its size, and so is what cannot
+    What cannot be split (compressed files, JSON arrays, CSV) is one piece, whatever its size, and so is what cannot
     be read: it is reported by who reads it. Raises UserError if there are no files.
     """
     return [piece for file in list_files(path, skip) for piece in _split(file, path, piece_bytes)]
@@ -43,7 +43,7 @@ def split_into_pieces(
 
 def read_batches(piece: Piece, aside: SetAside, text_column: str | None = None) -> Iterator[Batch]:
     """The texts of a piece, in order; rows without a usable text go to `aside`."""
-    for part in open_parts(piece.file, aside, piece.start, piece.end):
+    for part in open_parts(piece.file, aside, piece.start, piece.end, is_csv(piece.file)):
         yield from part_batches(part, piece.source, text_column)
 
 
@@ -62,7 +62,7 @@ def _split(file: Path, root: Path, piece_bytes: int) -> list[Piece]:
 
 def _split_plain(handle: io.BufferedReader, whole: Piece, piece_bytes: int) -> list[Piece]:
     """Byte ranges or row groups; nothing where a file has to be read from its beginning."""
-    container = detect(handle.peek(HEAD)[:HEAD]).container if is_plain(handle) else ""
+    container = detect(handle.peek(HEAD)[:HEAD], is_csv(whole.file)).container if is_plain(handle) else ""
     if container == "parquet":
         sizes = _group_sizes(pq.ParquetFile(handle).metadata)
         return [whole._replace(start=a, end=b, size=size) for a, b, size in _runs(sizes, piece_bytes)]

@@ -284,6 +284,16 @@ def test_read_documents_names_the_sources(tmp_path):
     assert len(aside) == 1 and aside.examples[0]["row"] == 2 and "txt" in aside.examples[0]["reason"]
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.csv.gz"])
+def test_cells_of_csv_files_are_texts(tmp_path, name):
+    content = 'label,text\n1,"一段，有""引号""\n和换行"\n2,\n3,第二段\n'.encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    aside = SetAside()
+    documents = list(read_documents(tmp_path, aside))
+    assert [d.text for d in documents] == ['一段，有"引号"\n和换行', "第二段"]
+    assert [(e["row"], e["reason"]) for e in aside.examples] == [(2, "字段 text 为空")]
+
+
 def test_list_files_explains_itself(tmp_path):
     with pytest.raises(UserError, match="找不到"):
         list_files(tmp_path / "missing")

@@ -284,6 +284,13 @@ def test_read_documents_names_the_sources(tmp_path):
     assert len(aside) == 1 and aside.examples[0]["row"] == 2 and "txt" in aside.examples[0]["reason"]
 
 
+@pytest.mark.parametrize("first", ["{{消歧义}}本条目介绍一座城", "[[中国]]是一个国家", "{1，2，3}是一个集合", "[1] 参考文献"])
+def test_brackets_of_plain_text_are_no_json(first):
+    """One such line at the beginning must not cost the whole file."""
+    rows, aside = rows_of(f"{first}\n第二行\n第三行\n".encode())
+    assert [row for _, row in rows] == [first, "第二行", "第三行"] and not aside
+
+
 @pytest.mark.parametrize("name", ["a.csv", "a.csv.gz"])
 def test_cells_of_csv_files_are_texts(tmp_path, name):
     content = 'label,text\n1,"一段，有""引号""\n和换行"\n2,\n3,第二段\n'.encode()

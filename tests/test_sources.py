@@ -284,7 +284,9 @@ def test_read_documents_names_the_sources(tmp_path):
     assert len(aside) == 1 and aside.examples[0]["row"] == 2 and "txt" in aside.examples[0]["reason"]
 
 
-@pytest.mark.parametrize("first", ["{{消歧义}}本条目介绍一座城", "[[中国]]是一个国家", "{1，2，3}是一个集合", "[1] 参考文献"])
+@pytest.mark.parametrize(
+    "first", ["{{消歧义}}本条目介绍一座城", "[[中国]]是一个国家", "{1，2}是集合", "[1] 书目"]
+)
 def test_brackets_of_plain_text_are_no_json(first):
     """One such line at the beginning must not cost the whole file."""
     rows, aside = rows_of(f"{first}\n第二行\n第三行\n".encode())
@@ -311,6 +313,9 @@ def test_list_files_explains_itself(tmp_path):
     with pytest.raises(UserError):
         list_files(tmp_path, skip=[tmp_path / "out"])
     assert list_files(tmp_path / "out", skip=[tmp_path / "out"]) == [tmp_path / "out" / "x.txt"]
+    for name in ("report.json", "report.html", "report.jsonl", "README.txt"):
+        (tmp_path / "out" / name).touch()
+    assert [file.name for file in list_files(tmp_path / "out")] == ["report.jsonl", "x.txt"]
     assert stem(Path("a.b.jsonl.gz")) == "a.b" and source_name(Path("x/y.json"), Path("x/y.json")) == "y"
 
 

@@ -19,7 +19,7 @@ from chatglm_tokenizer.base import Tokenizer
 from chatglm_tokenizer.load import load_tokenizer
 from sources.aside import SetAside
 from sources.demo_corpus import ensure_demo
-from sources.files import list_files
+from sources.files import check_kept, list_files
 from sources.pieces import Piece, split_into_pieces
 from sources.published_tokens import TokenPiece, published_bins, split_published
 from sources.report import settings, table
@@ -138,7 +138,9 @@ def main(cfg: Config) -> None:
         check_names(weights, {piece.source for piece in pieces})
     seed = cfg.seed if cfg.shuffle else None
     options = Options(cfg.tokenizer, cfg.text_column, weights, seed, highest_limit(cfg.valid_fraction))
-    files = file_key(list(dict.fromkeys(piece.file for piece in pieces)))
+    inputs = list(dict.fromkeys(piece.file for piece in pieces))
+    check_kept(map(sidecar_path, (cfg.out, cfg.valid)), inputs)
+    files = file_key(inputs)
     key = {"options": options, "pieces": pieces, "files": files, "tokenizer": tokenizer.sha256}
     size = sum(piece.size for piece in pieces)
     tasks = make_tasks(pieces, options, compiled=size >= COMPILED_FROM)

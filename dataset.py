@@ -52,8 +52,8 @@ class TokenWindows:
         files, numbers = self.locate(indices)
         for file in np.unique(files):
             here = files == file
-            rows[here] = overlapping(self.files[file], self.seq_len)[numbers[here]]
-        self.check_ids(rows.max(initial=0))
+            rows[here] = found = overlapping(self.files[file], self.seq_len)[numbers[here]]
+            self.check_ids(file, found.max())
         # Copied by numpy: torch would start threads of its own for it in the thread that reads ahead.
         tokens, targets = np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
         return MicroBatch(torch.from_numpy(tokens), torch.from_numpy(targets), self.number_documents(tokens))
@@ -62,11 +62,11 @@ class TokenWindows:
         """First and last + 1 of the tokens of a window in its file, without its last target."""
         return [(number * self.seq_len, (number + 1) * self.seq_len)]
 
-    def check_ids(self, largest: int) -> None:
-        """Raise UserError for tokens that the vocabulary does not have."""
+    def check_ids(self, file: int, largest: int) -> None:
+        """Raise UserError for tokens of a file that the vocabulary does not have."""
         if largest >= self.vocab_size:
             raise UserError(
-                f"{', '.join(map(str, self.paths))} 里有 id {largest}，超出词表（{self.vocab_size} 个条目）；"
+                f"{self.paths[file]} 里有 id {largest}，超出词表（{self.vocab_size} 个条目）；"
                 "请用生成它的词表（--tokenizer），或重新运行 data_process.py。"
             )
 

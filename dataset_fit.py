@@ -68,10 +68,10 @@ class FittedWindows(TokenWindows):
             sources = ranges(starts, lengths)  # the targets, piece by piece
             filled = np.add.reduceat(lengths, np.cumsum(counts) - counts)  # of each row
             places = ranges(rows * self.seq_len, filled)
-            tokens.ravel()[places] = self.files[file][sources - 1]
-            targets.ravel()[places] = self.files[file][sources]
+            tokens.ravel()[places] = before = self.files[file][sources - 1]
+            targets.ravel()[places] = after = self.files[file][sources]
+            self.check_ids(file, max(before.max(), after.max()))
             documents.ravel()[places] = np.repeat(ranges(np.zeros_like(counts), counts), lengths)
-        self.check_ids(max(tokens.max(initial=0), targets.max(initial=0)))
         is_masked = self.eos is not None and (documents > 0).any()
         return MicroBatch(
             torch.from_numpy(tokens),

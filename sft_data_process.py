@@ -20,6 +20,7 @@ from chatglm_tokenizer.load import load_tokenizer
 from chatglm_tokenizer.tokenization_chatglm import CHATGLM2
 from sources.aside import SetAside
 from sources.demo_corpus import ensure_demo
+from sources.files import check_kept
 from sources.lengths import HEADER, draw_lengths, summary, token_counts, whole_dialogue
 from sources.preferences import as_dialogue
 from sources.record_files import write_rows
@@ -180,12 +181,14 @@ def to_csv_row(record: Record) -> dict[str, Any]:
     return {"prompt": prompt, "answer": answer, "system": record.get("system", ""), "history": pairs}
 
 
-def write(cfg: Config, found: Collected, copies: np.ndarray) -> dict[str, int]:
+def write(cfg: Config, found: Collected, copies: np.ndarray, inputs: set[Path]) -> dict[str, int]:
     """Write the records by their kinds; returns how many rows each file got."""
     kinds: dict[str, list[Record]] = {cfg.out.name: []}
     for record, count in zip(found.records, copies.tolist(), strict=True):
         name = next((name for key, name in OTHER_FILES.items() if key in record), cfg.out.name)
         kinds.setdefault(name, []).extend([record] * count)
+    # --out may name its input, which is replaced then; what is written beside it has no such leave.
+    check_kept((cfg.out.with_name(name) for name in kinds if name != cfg.out.name), inputs)
     written = {}
     for name, records in kinds.items():
         if not records:
@@ -198,19 +201,22 @@ def write(cfg: Config, found: Collected, copies: np.ndarray) -> dict[str, int]:
     return written
 
 
-def remove_stale(cfg: Config, written: dict[str, int], inputs: set[Path]) -> None:
-    """Remove what an earlier run wrote here and this one did not: the next stage would train on it.
-
-    The statistics beside tell what that was; other files, and what this run has read, are left alone.
-    """
+def earlier_outputs(cfg: Config) -> list[Path]:
+    """What an earlier run wrote under the same name; the statistics beside tell."""
     try:
         earlier = set(json.loads(sidecar_path(cfg.out).read_text(encoding="utf-8"))["written"])
     except (OSError, ValueError, RecursionError, KeyError, TypeError):
-        earlier = set()
-    for name in (cfg.out.name, *OTHER_FILES.values()):
-        path = cfg.out.with_name(name)
-        ours = name not in written and (name == cfg.out.name or name in earlier)
-        if ours and path.is_file() and path.resolve() not in inputs:
+        return []
+    return [cfg.out.with_name(name) for name in (cfg.out.name, *OTHER_FILES.values()) if name in earlier]
+
+
+def remove_stale(cfg: Config, written: dict[str, int], inputs: set[Path]) -> None:
+    """Remove what an earlier run wrote here and this one did not: the next stage would train on it.
+
+    Other files, and what this run has read, are left alone.
+    """
+    for path in {cfg.out, *earlier_outputs(cfg)}:
+        if path.name not in written and path.is_file() and path.resolve() not in inputs:
             path.unlink()
             print(f"已删去以前写的 {path}：这次没有这一类数据。")
 
@@ -271,7 +277,12 @@ def main(cfg: Config) -> None:
     if cfg.demo:
         ensure_demo()
     weights, aside = parse_weights(cfg.weights), SetAside()
-    sets = find_data_sets(cfg.datasets, cfg.registry) if cfg.datasets else data_sets(cfg.data)
+    if cfg.datasets:
+        sets = find_data_sets(cfg.datasets, cfg.registry)
+    else:  # a folder that holds the outputs, too, is read without them
+        sets = data_sets(cfg.data, skip=earlier_outputs(cfg))
+    inputs = {data_set.path.resolve() for data_set in sets}
+    check_kept([sidecar_path(cfg.out)], inputs)
     check_names(weights, dict.fromkeys(data_set.name for data_set in sets))
     found = collect(cfg, sets, aside)
     if cfg.near_duplicates and found.records:
@@ -284,8 +295,8 @@ def main(cfg: Config) -> None:
             f"{'、'.join(cfg.datasets) or cfg.data} 里没有一条可用的指令；原因见上表，"
             "长度限制可用 --max_question、--max_answer 等放宽。"
         )
-    written = write(cfg, found, copies)
-    remove_stale(cfg, written, {data_set.path.resolve() for data_set in sets})
+    written = write(cfg, found, copies, inputs)
+    remove_stale(cfg, written, inputs)
     report = {
         "rows": written.get(cfg.out.name, 0),
         "dialogues": sum(len(record["messages"]) > 2 for record in found.records),

@@ -17,6 +17,7 @@ import sentencepiece
 
 from chatglm_tokenizer.tokenization_chatglm import CHATGLM2, ChatGLMTokenizer
 from sources.aside import SetAside
+from sources.files import check_kept, list_files
 from sources.pretrain_text import read_documents
 from sources.report import write_json
 from stage import (
@@ -66,6 +67,7 @@ def main(cfg: Config) -> None:
     if cfg.demo:
         need(cfg.data, "data_clean/clear.py", cfg)
     check_writable(cfg.out)
+    check_kept([sidecar_path(cfg.out)], list_files(cfg.data))
     corpus = Corpus(cfg.data)
     with atomic_path(cfg.out) as temporary:
         temporary.write_bytes(train(cfg, corpus))

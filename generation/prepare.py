@@ -5,6 +5,7 @@ time. Only the linear layers change; the model's forward pass is the one that it
 """
 
 import warnings
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -128,6 +129,20 @@ class Int4Linear(nn.Module):
         )
 
 
+class Joined(nn.Module):
+    """Layers with one input as one: for a few tokens, a call costs as much as the product that it makes."""
+
+    def __init__(self, linears: Sequence[nn.Linear], quantise: Quantise | None):
+        super().__init__()
+        self.sizes = [linear.out_features for linear in linears]
+        whole = nn.Linear(linears[0].in_features, sum(self.sizes), bias=False, device="meta")
+        whole.weight = nn.Parameter(torch.cat([linear.weight for linear in linears]), requires_grad=False)
+        self.layer = converted(whole, quantise)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.layer(x).split(self.sizes, dim=-1)
+
+
 def pack_int4(q: Tensor) -> Tensor:
     """Numbers 0..15, (out, in) int32, in the layout of the device's kernel."""
     if q.device.type == "cpu":
@@ -155,13 +170,20 @@ def prepare(
     model.to(dtype)
     model.rope = rope  # angles in bf16 would not tell positions apart
     for block in model.layers:
-        for part in (block.attention, block.feed_forward):
-            for name, linear in list(part.named_children()):
-                if isinstance(linear, nn.Linear):
-                    setattr(part, name, converted(linear, quantise))
+        join(block.attention, ("wq", "wk", "wv"), quantise)
+        block.attention.wo = converted(block.attention.wo, quantise)
+        join(block.feed_forward, ("w1", "w3"), quantise)
+        block.feed_forward.w2 = converted(block.feed_forward.w2, quantise)
     # The head decides between tokens that are often close, so it keeps eight bits, as llama.cpp's keeps at least six.
     model.output = converted(model.output, quantise and "int8", is_head=True)
     return model
+
+
+def join(part: nn.Module, names: Sequence[str], quantise: Quantise | None) -> None:
+    """Put one layer in the place of several that have the same input."""
+    part.joined = Joined([getattr(part, name) for name in names], quantise)
+    for name in names:
+        delattr(part, name)
 
 
 def converted(linear: nn.Linear, quantise: Quantise | None, is_head: bool = False) -> nn.Module:

@@ -5,8 +5,10 @@ All of them stream: memory holds a few megabytes, whatever the size of the file.
 
 import csv
 import io
+import json
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,6 +21,8 @@ from sources.streams import DAMAGED, LONGEST, is_zip, open_file, open_member, op
 Row = dict[str, Any] | str
 T = TypeVar("T")
 csv.field_size_limit(LONGEST)  # answers may be long
+UNCLOSED = "CSV 的双引号没有成对，从这里起读不到"
+CSV_END = "\ud800"  # a row of its own behind the last one; no text that was read holds half a character
 
 
 class Part(NamedTuple):
@@ -166,12 +170,18 @@ def _parquet(part: Part) -> Iterator[tuple[int, Row]]:
 def _csv(part: Part) -> Iterator[tuple[int, Row]]:
     with io.TextIOWrapper(part.handle, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
         # Python 3.10 refuses NUL characters in CSV files.
-        rows = csv.DictReader(iter(lambda: text.readline(LONGEST).replace("\0", ""), ""), restkey=None)
+        read = iter(lambda: text.readline(LONGEST).replace("\0", ""), "")
+        rows = csv.DictReader(chain(read, [CSV_END]), restkey=None)
         try:
             for number, row in enumerate(rows, 1):
+                is_text = encodable(row)
+                if not is_text and CSV_END in json.dumps(row, ensure_ascii=False):
+                    if CSV_END not in row.values():  # it has become the end of a cell
+                        part.report.add(number, UNCLOSED, row, "补上缺的双引号，或重新导出该文件")
+                    return
                 if None in row:
                     part.report.add(number, "单元格比表头多", row, "含逗号或换行的单元格要用双引号括起")
-                elif not encodable(row):
+                elif not is_text:
                     part.report.add(number, BAD_TEXT, row)
                 else:
                     yield number, row

@@ -25,6 +25,7 @@ FOREIGN = [
     (4, b"1AY&SY", "bzip2 压缩文件", "先解压：bzip2 -d 文件名"),
     (0, b"\x04\x22\x4d\x18", "lz4 压缩文件", "先解压：lz4 -d 文件名"),
     (0, b"ARROW1", "Arrow 文件", "用 pandas 或 datasets 另存为 parquet"),
+    (0, b"\xff\xff\xff\xff", "Arrow 文件", "用 datasets 的 load_from_disk 打开，再 to_parquet 另存"),
     (0, b"<?xml", "XML 文件", "先转换成 JSON lines 或每行一篇的 txt"),
     (0, b"\xff\xfe", "UTF-16 编码", "转成 UTF-8：iconv -f UTF-16 -t UTF-8 原文件 > 新文件"),
     (0, b"\xfe\xff", "UTF-16 编码", "转成 UTF-8：iconv -f UTF-16 -t UTF-8 原文件 > 新文件"),

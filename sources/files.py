@@ -11,7 +11,7 @@ from stage import DEMO_DIR, ROOT, UserError
 OUR_OUTPUTS = (DEMO_DIR, ROOT / "data" / "clean")
 # Files that lie beside data sets but are not data to be read as text; .bin files hold tokens.
 NOT_TEXT = {".bin", ".md", ".model", ".pdf", ".png", ".jpg", ".jpeg", ".pth", ".py", ".safetensors"}
-NOT_DATA = {"readme", "license"}  # with any suffix
+NOT_DATA = {"readme", "license", "dataset_info"}  # with any suffix
 REPORTS = {"report.json", "report.html"}  # of our own stages
 CONTAINERS = {".gz", ".zst", ".zip", ".json", ".jsonl", ".ndjson", ".txt", ".csv", ".parquet", ".bin"}
 
@@ -38,6 +38,14 @@ def list_files(path: Path, skip: Iterable[Path] = OUR_OUTPUTS) -> list[Path]:
             f"{path} 里没有数据文件；请放入 JSON、JSON lines、parquet 或 txt（可用 gzip、zstd、zip 压缩）后重跑。"
         )
     return files
+
+
+def check_kept(written: Iterable[Path], inputs: Iterable[Path]) -> None:
+    """Raise UserError if what is written beside an output would replace a file that is read."""
+    kept = {file.resolve() for file in inputs}
+    for path in written:
+        if path.resolve() in kept:
+            raise UserError(f"要写的 {path} 正是输入文件，会被覆盖；请用 --out 换一个文件夹或名字。")
 
 
 def source_name(file: Path, root: Path) -> str:
@@ -74,15 +82,16 @@ def walk(folder: Path) -> Iterator[Path]:
 
 
 def is_sidecar(file: Path) -> bool:
-    """Whether a JSON file is what a stage of ours wrote beside its token file or vocabulary."""
-    beside = any(file.with_suffix(suffix).exists() for suffix in (".bin", ".model"))
+    """Whether a JSON file is what a stage of ours wrote beside its token file, vocabulary or instructions."""
+    beside = any(file.with_suffix(suffix).exists() for suffix in (".bin", ".model", ".csv"))
     if file.suffix != ".json" or not beside or not file.is_file() or file.stat().st_size > 10_000_000:
         return False
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         return False
-    return isinstance(content, dict) and ({"dtype", "tokens"} <= set(content) or "own" in content)
+    ours = ({"dtype", "tokens"}, {"own"}, {"written", "set_aside"})
+    return isinstance(content, dict) and any(fields <= set(content) for fields in ours)
 
 
 def _below(file: Path, folders: list[Path]) -> bool:

@@ -15,11 +15,13 @@ from sources.turns import (
     Unusable,
     any_messages,
     check_attachments,
+    decoded,
     dialogue,
     history_of,
     list_of,
     pairs_of,
     text_of,
+    turns_in_cell,
 )
 
 Convert = Callable[[Row], Messages]
@@ -82,8 +84,11 @@ def _question(*fields: str) -> Callable[[Row], Messages]:
 def _pair(*fields: str) -> Callable[[Row], Messages]:
     """Fields that make the question, and last the one with the answer."""
     *question, answer = fields
-    ask = _question(*question)
-    return lambda row: [*ask(row), {"role": "assistant", "content": text_of(row[answer], answer)}]
+    return _answered(_question(*question), answer)
+
+
+def _answered(ask: Convert, field: str) -> Convert:
+    return lambda row: [*ask(row), {"role": "assistant", "content": text_of(row[field], field)}]
 
 
 def _turns(field: str) -> Callable[[Row], Messages]:
@@ -92,6 +97,7 @@ def _turns(field: str) -> Callable[[Row], Messages]:
 
 def _prompt(row: Row) -> Messages:
     """A question, or a dialogue that ends with one."""
+    row = {**row, "prompt": turns_in_cell(row["prompt"])}
     is_list = isinstance(row["prompt"], list)
     return _turns("prompt")(row) if is_list else _question("prompt")(row)
 
@@ -108,9 +114,11 @@ def _huatuo(row: Row) -> Messages:
 
 def _moss(row: Row) -> Messages:
     """fnlp's moss-003-sft: chat = {"turn_1": {"Human": …, "MOSS": …}, …}, in the order of their numbers."""
-    chat = row["chat"]
+    chat = decoded(row["chat"])
     if isinstance(chat, list):
         return any_messages(chat, "chat")
+    if isinstance(chat, dict):  # parquet has the turns of the longest dialogue in every row
+        chat = {name: turn for name, turn in chat.items() if turn is not None}
     if not isinstance(chat, dict) or not all(isinstance(turn, dict) for turn in chat.values()):
         raise Unusable("chat 不是 {turn_1: {Human, MOSS}, …}")
     pairs = []
@@ -134,39 +142,37 @@ def _without_markers(text: str) -> str:
     return MOSS_MARKERS.sub("", text).strip()
 
 
+def _completed(row: Row) -> Messages:
+    """TRL: a prompt and what completes it, each a text or turns; kto-mix repeats the whole dialogue in the latter."""
+    value = turns_in_cell(row["completion"])
+    if not (isinstance(value, list) and value and isinstance(value[0], dict) and "role" in value[0]):
+        return [*_prompt(row), {"role": "assistant", "content": text_of(value, "completion")}]
+    turns = any_messages(value, "completion")
+    return turns if turns[0]["role"] != "assistant" else [*_prompt(row), *turns]
+
+
+# Lists of turns, which may end with the question or with an answer: OpenAI; sharegpt; DISC-Med-SFT,
+# ShareGPT-Chinese-English-90k, moss of YeungNLP.
+TURN_LISTS: Formats = [((name,), _turns(name)) for name in ("messages", "conversations", "conversation")]
 # Most specific first.
 PROMPTS: Formats = [
-    (("messages",), _turns("messages")),
-    (("conversations",), _turns("conversations")),
-    (("conversation",), _turns("conversation")),
+    *TURN_LISTS,
     (("prompt",), _prompt),
     (("instruction",), _question("instruction", "input")),
     (("question",), _question("question")),
     (("query",), _question("query")),
 ]
 FORMATS: Formats = [
-    (("messages",), _turns("messages")),  # OpenAI
-    (("conversations",), _turns("conversations")),  # sharegpt
-    (
-        ("conversation",),
-        _turns("conversation"),
-    ),  # DISC-Med-SFT, ShareGPT-Chinese-English-90k, moss of YeungNLP
+    *TURN_LISTS,
     (("chat",), _moss),  # moss-003-sft
-    (("data",), _huatuo),  # HuatuoGPT-sft-data-v1
     (("instruction", "output"), _pair("instruction", "input", "output")),  # alpaca, BELLE, medical, ruozhiba
     (("instruct", "output"), _pair("instruct", "output")),  # some rows of CMtMedQA
-    (("instruction", "response"), _pair("instruction", "context", "response")),  # Dolly
-    (("input", "target"), _pair("input", "target")),  # merged BELLE, firefly
+    (("instruction", "response"), _pair("instruction", "context", "input", "response")),  # Dolly
+    (("input", "target"), _pair("instruction", "input", "target")),  # merged BELLE, firefly
     (("input", "output"), _pair("input", "output")),
     (("query", "response"), _pair("query", "response")),  # ChatMed
-    (("prompt", "answer"), _pair("prompt", "answer")),  # our own CSV
-    (("prompt", "completion"), lambda row: [*_prompt(row), *_completion(row)]),  # TRL
-    (("prompt", "response"), _pair("prompt", "response")),
+    (("prompt", "answer"), _answered(_prompt, "answer")),  # our own CSV
+    (("prompt", "completion"), _completed),  # TRL
+    (("prompt", "response"), _answered(_prompt, "response")),
+    (("data",), _huatuo),  # HuatuoGPT-sft-data-v1; the name may mean anything: last
 ]
-
-
-def _completion(row: Row) -> Messages:
-    value = row["completion"]
-    if isinstance(value, list) and value and isinstance(value[0], dict) and "role" in value[0]:
-        return any_messages(value, "completion")
-    return [{"role": "assistant", "content": text_of(value, "completion")}]

@@ -7,11 +7,22 @@ Which of the shapes of `to_record` a row has is told by its fields. The question
 from typing import Any
 
 from sources.instructions import answered_format, prompt_format, system_of, to_messages
-from sources.turns import Row, Unusable, any_messages, check_attachments, dialogue, text_of
+from sources.turns import (
+    Row,
+    Unusable,
+    any_messages,
+    are_turns,
+    check_attachments,
+    dialogue,
+    is_missing,
+    text_of,
+    turns_in_cell,
+)
 
 # Better and worse answer: DPO sets and MedicalGPT; shibing624/medical; DPO-zh-en-emoji.
 PAIRS = [("chosen", "rejected"), ("response_chosen", "response_rejected"), ("answer_zh", "answer_en")]
 VERDICTS = {1: True, 0: False, "1": True, "0": False, "true": True, "false": False}  # True is 1, too
+ANSWERS = {*(name for pair in PAIRS for name in pair), "reference", "answer"}  # beside those of FORMATS
 SAME = "两个回答相同"
 
 
@@ -26,23 +37,49 @@ def to_record(row: Any) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise Unusable("不是 JSON 对象")
     try:
-        for better, worse in PAIRS:
-            if better in row and worse in row:
-                return _pair(row, row[better], row[worse])
-        if isinstance(row.get("output"), list) and "instruction" in row:  # CareGPT
-            if len(row["output"]) != 2:
-                raise Unusable("output 不是 [较好的回答, 较差的回答]")
-            return _pair({k: v for k, v in row.items() if k != "output"}, *row["output"])
-        verdict = _verdict(row)
-        if verdict is not None:
-            return {**to_messages(row), "label": verdict}
-        if not answered_format(tuple(row)) or "reference" in row:
-            for reference in ("reference", "answer"):
-                if reference in row and prompt_format(tuple(row)):
-                    return _referenced(row, text_of(row[reference], reference))
-        return to_messages(row)
+        return _record(_without_gaps(row))
     except RecursionError:
         raise Unusable("嵌套过深") from None
+
+
+def _record(row: Row) -> dict[str, Any]:
+    for better, worse in PAIRS:
+        if better in row and worse in row:
+            return _pair(row, turns_in_cell(row[better]), turns_in_cell(row[worse]))
+    if isinstance(row.get("output"), list) and "instruction" in row:  # CareGPT
+        if len(row["output"]) != 2:
+            raise Unusable("output 不是 [较好的回答, 较差的回答]")
+        return _pair({k: v for k, v in row.items() if k != "output"}, *row["output"])
+    verdict = _verdict(row)
+    if verdict is not None:
+        return {**to_messages(row), "label": verdict}
+    reference = _reference_field(row)
+    return _referenced(row, text_of(row[reference], reference)) if reference else to_messages(row)
+
+
+def _without_gaps(row: Row) -> Row:
+    """The row without the fields that hold nothing, where the others tell what it is.
+
+    A table has every column in every row, also those of other formats that were put into it. But a pair that
+    lacks one of its answers is a broken pair, and what lacks the answer is shown as it is.
+    """
+    filled = {n: v for n, v in row.items() if n == "kto_tag" or not (is_missing(v) or v == "")}
+    if len(filled) == len(row):
+        return row
+    is_broken = any({a, b} <= set(row) and (a in filled) != (b in filled) for a, b in PAIRS)
+    is_known = answered_format(tuple(filled)) or ANSWERS & set(filled)
+    return filled if is_known and not is_broken else row
+
+
+def _reference_field(row: Row) -> str | None:
+    """The field that holds what is right, if no other field answers the question."""
+    name = next((name for name in ("reference", "answer") if name in row), None)
+    ask, answered = prompt_format(tuple(row)), answered_format(tuple(row))
+    if not (name and ask) or answered not in (ask, None):
+        return None
+    # A list of turns may hold the answer itself.
+    ends_with_answer = answered and [message["role"] for message in ask(row)][-1:] == ["assistant"]
+    return None if ends_with_answer else name
 
 
 def as_dialogue(record: dict[str, Any]) -> dict[str, Any]:
@@ -81,7 +118,7 @@ def _referenced(row: Row, reference: str) -> dict[str, Any]:
 
 
 def _pair(row: Row, better: Any, worse: Any) -> dict[str, Any]:
-    if not prompt_format(tuple(row)) and isinstance(better, list) and isinstance(worse, list):
+    if isinstance(better, list) and isinstance(worse, list) and _tell_more(better, row):
         return _two_dialogues(row, better, worse)
     answers = {"chosen": _answer(better, "chosen"), "rejected": _answer(worse, "rejected")}
     record = {**_prompt(row), **answers}
@@ -96,12 +133,18 @@ def _answer(value: Any, field: str) -> str:
     """An answer as text, as one message under any names, or as the last one of a dialogue."""
     if isinstance(value, dict):
         value = [value]
-    if isinstance(value, list) and value and isinstance(value[0], dict) and "type" not in value[0]:
+    if are_turns(value):
         last = any_messages(value, field)[-1]
         if last["role"] != "assistant":
             raise Unusable(f"{field} 不是助手的回答")
         return last["content"]
     return text_of(value, field)
+
+
+def _tell_more(answer: list[Any], row: Row) -> bool:
+    """Whether a list holds more of the dialogue than the row's question and its answer."""
+    ask = prompt_format(tuple(row))
+    return not ask or (are_turns(answer) and len(answer) > len(ask(row)) + 1)
 
 
 def _two_dialogues(row: Row, better: list[Any], worse: list[Any]) -> dict[str, Any]:

@@ -8,14 +8,17 @@ from typing import Any, Literal
 
 import orjson
 
-from stage import atomic_path
+from stage import UserError, atomic_path
 
 Style = Literal["alpaca", "sharegpt", "openai"]
+OTHER_CONTAINERS = {".csv", ".tsv", ".parquet", ".gz", ".zst", ".zip"}
 SHAREGPT = {"user": "human", "assistant": "gpt"}
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> int:
-    """Write rows one by one; returns how many."""
+    """Write rows one by one; returns how many. UserError for names that promise what is not written."""
+    if path.suffix.lower() in OTHER_CONTAINERS:
+        raise UserError(f"{path}：输出是 JSON，文件名请以 .jsonl 或 .json 结尾。")
     count, is_array = 0, path.suffix.lower() == ".json"
     with atomic_path(path) as temporary, open(temporary, "wb") as handle:
         for row in rows:

@@ -38,9 +38,9 @@ class DataSet:
             yield row, record
 
 
-def data_sets(path: Path) -> list[DataSet]:
-    """The files of a file or folder; those of one subfolder share a name."""
-    return [DataSet(source_name(file, path), file) for file in list_files(path, OUR_OUTPUTS)]
+def data_sets(path: Path, skip: Iterable[Path] = ()) -> list[DataSet]:
+    """The files of a file or folder, without those to skip; those of one subfolder share a name."""
+    return [DataSet(source_name(file, path), file) for file in list_files(path, (*OUR_OUTPUTS, *skip))]
 
 
 def read_records(path: Path, aside: SetAside) -> Iterator[Record]:

@@ -46,7 +46,7 @@ def find_data_sets(names: Iterable[str], registry: Path) -> list[DataSet]:
     entries = read_registry(registry) if registry.is_file() else {}
     found: list[DataSet] = []
     for given in names:
-        whole = given in entries or Path(given).exists()
+        whole = given in entries or (given and Path(given).exists())
         for name in [given] if whole else filter(None, map(str.strip, given.split(","))):
             if name in entries:
                 found += registered(name, entries[name], registry)
@@ -115,14 +115,16 @@ def check_sha1(name: str, file: Path, expected: Any) -> None:
 
 def converter_of(name: str, entry: dict[str, Any], registry: Path) -> Convert:
     """What makes records of an entry's rows."""
-    formatting = entry.get("formatting", "alpaca")
-    columns, tags = entry.get("columns"), {**TAGS, **(entry.get("tags") or {})}
+    formatting = entry.get("formatting") or "alpaca"
+    columns, renamed = entry.get("columns"), entry.get("tags") or {}
     if formatting not in ("alpaca", "sharegpt", "openai"):
         raise UserError(
             f"注册表 {registry} 的 {name}：formatting 应为 alpaca、sharegpt 或 openai，现在是 {formatting}。"
         )
-    if columns is not None and not isinstance(columns, dict):
-        raise UserError(f"注册表 {registry} 的 {name}：columns 应为对象。")
+    for key, value in (("columns", columns), ("tags", renamed)):
+        if value is not None and not isinstance(value, dict):
+            raise UserError(f"注册表 {registry} 的 {name}：{key} 应为对象。")
+    tags = {**TAGS, **renamed}
     # An empty string: there is no such column.
     named = {FIELDS[key]: str(column) for key, column in (columns or {}).items() if key in FIELDS and column}
     ranking = bool(entry.get("ranking"))
@@ -132,7 +134,7 @@ def converter_of(name: str, entry: dict[str, Any], registry: Path) -> Convert:
             raise Unusable("不是 JSON 对象")
         # Without columns the fields tell what a row is, which covers the defaults of both formats and more.
         ours = dict(row) if columns is None else _named(row, named, ranking)
-        if entry.get("tags") or columns is not None:
+        if renamed or columns is not None:
             ours |= {field: with_our_names(ours[field], tags) for field in TURNS if field in ours}
         record = to_record(ours)
         if ranking and "chosen" not in record:  # else a worse answer might be taken for a good one
@@ -182,6 +184,7 @@ def _hub_rows(hub: str, entry: dict[str, Any], registry: Path | None) -> Callabl
     by_hand = f"用浏览器从 https://huggingface.co/datasets/{hub} 下载数据文件，" + (
         f"放到 {registry.parent} 并在 {registry.name} 里写明 file_name" if registry else "再用 --data 指明它"
     )
+    advice = "请检查 split、subset、folder" if Path(hub).is_dir() else f"没有网络时{by_hand}"
 
     def rows() -> Iterable[Row]:
         if not importlib.util.find_spec("datasets"):
@@ -193,6 +196,6 @@ def _hub_rows(hub: str, entry: dict[str, Any], registry: Path | None) -> Callabl
             return datasets.load_dataset(hub, split=entry.get("split") or "train", **options)
         except Exception as error:  # of the network, the hub, the files: whatever a foreign library meets
             what = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
-            raise UserError(f"读取不到 {hub}（{what}）；没有网络时{by_hand}。") from error
+            raise UserError(f"读取不到 {hub}（{what}）；{advice}。") from error
 
     return rows

@@ -36,7 +36,7 @@ def text_of(value: Any, field: str) -> str:
         if not encodable(value):  # half a surrogate pair, by an escape in a cell that holds JSON
             raise Unusable(BAD_TEXT)
         return value.strip()
-    if value is None or (isinstance(value, float) and math.isnan(value)):  # NaN: an empty cell of pandas
+    if is_missing(value):
         return ""
     if isinstance(value, list) and value and all(isinstance(part, dict) and "type" in part for part in value):
         if not all(part["type"] in TEXT_PARTS for part in value if isinstance(part["type"], str)):
@@ -45,14 +45,35 @@ def text_of(value: Any, field: str) -> str:
     raise Unusable(f"字段 {field} 不是文字")
 
 
+def is_missing(value: Any) -> bool:
+    """Whether a field has no value: null, or the NaN that pandas makes of an empty cell."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def decoded(value: Any) -> Any:
+    """The value of a field that is no text; CSV files hold it as JSON. None where that is damaged."""
+    if not isinstance(value, str) or not value.strip():
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return None
+
+
+def are_turns(value: Any) -> bool:
+    """Whether a list holds turns, and not the parts of one text."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and "type" not in value[0]
+
+
+def turns_in_cell(value: Any) -> Any:
+    """The turns that a cell of a CSV file holds as JSON; other values as they are."""
+    turns = decoded(value) if isinstance(value, str) and value.lstrip().startswith("[{") else None
+    return turns if are_turns(turns) and {"role", "from"} & set(turns[0]) else value
+
+
 def list_of(row: Row, field: str) -> list[Any]:
-    """A field that must be a list; CSV files hold it as JSON."""
-    value = row[field]
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            value = None
+    """A field that must be a list."""
+    value = decoded(row[field])
     if not isinstance(value, list):
         raise Unusable(f"字段 {field} 不是列表")
     return value
@@ -99,25 +120,32 @@ def any_messages(turns: list[Any], field: str) -> Messages:
 
 def history_of(row: Row) -> Messages:
     """The field `history`, [[question, answer], …], also as JSON in a cell."""
-    history = row.get("history") or []
-    try:
-        history = json.loads(history) if isinstance(history, str) else history
-        if isinstance(history, float) and math.isnan(history):
-            return []
-        if history and all(isinstance(turn, dict) for turn in history):
-            return any_messages(history, "history")
-        return pairs_of((text_of(user, "history"), text_of(reply, "history")) for user, reply in history)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise Unusable("history 不是 [[问, 答], …]") from error
+    if not _holds_something(row.get("history")):
+        return []
+    history = decoded(row["history"])
+    if isinstance(history, list) and all(isinstance(turn, dict) for turn in history):
+        return any_messages(history, "history")
+    # A string of two characters is no pair.
+    if not isinstance(history, list) or not all(
+        isinstance(turn, list) and len(turn) == 2 for turn in history
+    ):
+        raise Unusable("history 不是 [[问, 答], …]")
+    return pairs_of((text_of(user, "history"), text_of(reply, "history")) for user, reply in history)
 
 
 def check_attachments(row: Row) -> None:
-    """Raise Unusable for what comes with a dialogue and is no text; `tools` may be "", "[]" or []."""
-    tools = row.get("tools")
-    if tools and not (isinstance(tools, str) and tools.strip() in ("", "[]", "null")) and tools == tools:
+    """Raise Unusable for what comes with a dialogue and is no text."""
+    if _holds_something(row.get("tools")):
         raise Unusable(TOOLS)
-    if any(isinstance(row.get(field), list | dict) and row[field] for field in ATTACHMENTS):
+    if any(_holds_something(row.get(field)) for field in ATTACHMENTS):
         raise Unusable(MEDIA)
+
+
+def _holds_something(value: Any) -> bool:
+    """Whether a field that is no text has a value; an empty one may be spelt as JSON."""
+    if isinstance(value, str):
+        return value.strip() not in ("", "[]", "{}", "null")
+    return bool(value) and not is_missing(value)
 
 
 def dialogue(system: str, messages: Messages, answered: bool = True) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def test_one_changed_byte_in_any_file_is_noticed(name, saved, tmp_path) -> None:
             checkpoint.read_weights(folder)
 
 
-@pytest.mark.parametrize("name", sorted(FILES - {"checksums.json"}))
+@pytest.mark.parametrize("name", sorted(FILES))
 def test_a_missing_file_is_noticed(name, saved, tmp_path) -> None:
     folder = copied(saved, tmp_path)
     (folder / name).unlink()
@@ -118,6 +118,24 @@ def test_the_last_and_every_nth_are_kept(tmp_path) -> None:
         save(tmp_path, step, model, optimizer, keep_last=2, keep_every=50)
     kept = [int(f.name.removeprefix("step_")) for f in checkpoint.list_steps(tmp_path)]
     assert kept == [50, 100, 110, 120]
+
+
+def test_a_kill_while_an_old_one_is_deleted_leaves_nothing_behind(tmp_path, monkeypatch) -> None:
+    model, optimizer = training(steps=1)
+    for step in (10, 20):
+        save(tmp_path, step, model, optimizer)
+
+    def die(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        raise KeyboardInterrupt
+
+    writer = checkpoint.Writer(tmp_path, ALONE, keep_last=1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("training.writer.shutil.rmtree", die)
+        writer.delete_old()
+    assert [f.name for f in checkpoint.list_steps(tmp_path)] == ["step_00000020"]
+    save(tmp_path, 30, model, optimizer, keep_last=1)
+    assert [f.name for f in tmp_path.iterdir()] == ["step_00000030"]
 
 
 def test_in_the_background_the_state_of_the_call_is_written(tmp_path, monkeypatch) -> None:

@@ -524,3 +524,16 @@ def test_without_arguments_the_users_data_is_found(tmp_path, corpus, vocabulary)
     ]
     assert sum(file["documents"] for file in processed) == cleaned["steps"][-1]["rows_out"]
     assert processed[0]["settings"]["data"].endswith("clean")
+
+
+@pytest.mark.parametrize("stage", ["data_process.py", "train_tokenizer.py"])
+def test_the_description_of_an_output_never_replaces_the_corpus(tmp_path, vocabulary, stage):
+    corpus = tmp_path / "wiki.json"
+    corpus.write_text('[{"text": "天地玄黄，宇宙洪荒。"}]', encoding="utf-8")
+    for data in (corpus, tmp_path):
+        more = (
+            ["--tokenizer", vocabulary, "--valid", tmp_path / "v.bin"] if stage == "data_process.py" else []
+        )
+        failed = run(stage, "--data", data, "--out", tmp_path / "wiki.bin", *more)
+        assert failed.returncode and "会被覆盖" in failed.stderr
+        assert corpus.read_text(encoding="utf-8").startswith("[") and not (tmp_path / "wiki.bin").exists()

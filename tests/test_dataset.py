@@ -91,8 +91,10 @@ def test_bad_token_files_are_clear_errors(tmp_path, vocabulary) -> None:
         with pytest.raises(UserError, match=message):
             TokenWindows([path], 10, tokenizer)
     np.full(100, 60_000, dtype="<u2").tofile(path)
-    with pytest.raises(UserError, match="超出词表"):
-        TokenWindows([path], 10, tokenizer).read(np.array([0]))
+    good = tmp_path / "good.bin"
+    np.full(100, 9, dtype="<u2").tofile(good)
+    with pytest.raises(UserError, match=r"^\S+x\.bin 里有 id 60000，超出词表"):
+        TokenWindows([good, path], 10, tokenizer).read(np.array([0, 9]))
     path.with_suffix(".json").write_text(json.dumps({"tokenizer": {"sha256": "0" * 64, "path": "other"}}))
     with pytest.raises(UserError, match="other"):
         TokenWindows([path], 10, tokenizer)

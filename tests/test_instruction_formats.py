@@ -3,6 +3,7 @@
 import json
 import zipfile
 
+import pandas as pd
 import pytest
 
 from sources.aside import SetAside
@@ -32,10 +33,33 @@ def said(role, content):
         {"prompt": [Q], "chosen": [said("assistant", "好")], "rejected": [said("assistant", "坏")]},
         {"prompt": "问", "chosen": [Q, said("assistant", "好")], "rejected": [Q, said("assistant", "坏")]},
         {"chosen": [Q, said("assistant", "好")], "rejected": [Q, said("assistant", "坏")]},
+        {"messages": [Q], "chosen": [{"type": "text", "text": "好"}], "rejected": "坏"},
     ],
 )  # fmt: skip
 def test_preferences(row):
     assert to_record(row) == PAIR
+
+
+def test_turns_in_cells_of_a_table():
+    rows = [
+        {"chosen": [Q, said("assistant", "好")], "rejected": [Q, said("assistant", "坏")]},
+        {"prompt": [Q], "chosen": [said("assistant", "好")], "rejected": [said("assistant", "坏")]},
+        {"prompt": [Q], "completion": [A]},
+    ]
+    for row in rows:
+        in_cells = {name: json.dumps(turns, ensure_ascii=False) for name, turns in row.items()}
+        assert to_record(in_cells) == to_record(row)
+    listed = '[{"name": "甲"}]'  # an answer that happens to be JSON
+    assert to_record({"prompt": "问", "chosen": listed, "rejected": "坏"}) == {**PAIR, "chosen": listed}
+
+
+def test_answers_that_hold_the_whole_dialogue():
+    before = [said("system", "守"), said("user", "前问"), said("assistant", "前答"), Q]
+    row = {"chosen": [*before, said("assistant", "好")], "rejected": [*before, said("assistant", "坏")]}
+    for prompt in ({}, {"prompt": "前问"}, {"prompt": before}):
+        assert to_record({**prompt, **row}) == {**PAIR, "messages": before[1:], "system": "守"}
+    row = {"messages": before, "chosen": [Q, said("assistant", "好")], "rejected": "坏"}
+    assert to_record(row)["messages"] == before[1:]
 
 
 def test_preferences_keep_system_and_history():
@@ -55,6 +79,12 @@ def test_verdicts_and_references():
             assert to_record({"instruction": "问", "output": "答", name: value})["label"] is label
     record = to_record({"question": "问", "answer": "答"})
     assert record == {"messages": [Q], "reference": "答"} and as_dialogue(record)["messages"] == [Q, A]
+    for answered in (
+        {"messages": [Q, A]},
+        {"instruction": "问", "output": "答"},
+        {"prompt": "问", "answer": "答"},
+    ):
+        assert to_record({**answered, "reference": "https://出处"}) == {"messages": [Q, A]}
 
 
 @pytest.mark.parametrize(
@@ -64,6 +94,9 @@ def test_verdicts_and_references():
         {"instruction": "问", "response": "答"},
         {"input": "问", "output": "答"},
         {"prompt": [Q], "completion": [A]},
+        {"prompt": [Q], "completion": [Q, A]},
+        {"prompt": [Q], "answer": "答"},
+        {"instruction": "问", "output": "答", "history": "null", "data": "2023-01-01", "images": "[]"},
         {"conversations": [Q, A], "tools": "[]"},
         {"conversations": [said("User", "问"), said("chatgpt", "答")]},
         {
@@ -77,6 +110,41 @@ def test_verdicts_and_references():
 )
 def test_more_dialogues(row):
     assert to_record(row) == {"messages": [Q, A]}
+
+
+def test_every_field_of_a_question_is_in_it():
+    for answer in ("output", "target", "response"):
+        assert (
+            to_record({"instruction": "译", "input": "hi", answer: "嗨"})["messages"][0]["content"]
+            == "译\nhi"
+        )
+
+
+@pytest.mark.parametrize("write", ["parquet", "csv"])
+def test_a_table_that_several_formats_were_put_into(tmp_path, write):
+    """Every row has all columns, null or empty where they are not its own; so have structs, turn_2 for example."""
+    moss = {"turn_1": {"Human": "<|Human|>: 问<eoh>", "MOSS": "<|MOSS|>: 答<eom>"}}
+    rows = [
+        {"messages": [Q, A]},
+        {"conversations": [HUMAN, GPT]},
+        {"instruction": "问", "output": "答"},
+        {"chat": moss},
+        {"chat": {**moss, "turn_2": moss["turn_1"]}},
+        {"question": "问", "answer": "答"},
+        {"question": "问", "response_chosen": "好", "response_rejected": "坏"},
+        {"question": "问", "response_chosen": "好"},
+    ]
+    table = pd.DataFrame(rows)
+    if write == "csv":
+        table = table.map(lambda cell: json.dumps(cell) if isinstance(cell, list | dict) else cell)
+        table.to_csv(tmp_path / "all", index=False)
+    else:
+        table.to_parquet(tmp_path / "all")
+    aside = SetAside()
+    records = [{k: v for k, v in r.items() if k != "source"} for r in read_records(tmp_path / "all", aside)]
+    assert records[:4] == [{"messages": [Q, A]}] * 4 and records[4] == {"messages": [Q, A, Q, A]}
+    assert records[5:] == [{"messages": [Q], "reference": "答"}, PAIR]
+    assert [example["row"] for example in aside.examples] == [8]  # one answer is no pair
 
 
 def test_moss_turns_in_the_order_of_their_numbers(tmp_path):
@@ -126,6 +194,10 @@ def test_what_is_mended_is_said():
         ({"messages": [Q, {**A, "content": None, "tool_calls": [{}]}]}, "工具"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, A]}, "图片"),
         ({"messages": [Q, A], "images": ["a.jpg"]}, "图片"),
+        ({"conversations": [HUMAN, GPT], "image": "a.jpg"}, "图片"),
+        ({"instruction": "问", "output": "答", "history": ["你好", "您好"]}, "history 不是"),
+        ({"instruction": "问", "output": "答", "history": {"你好": "您好"}}, "history 不是"),
+        ({"instruction": "问", "output": "答", "history": [["问", "答", "问"]]}, "history 不是"),
         ({"instruction": "问", "output": ["只有一个"]}, "较差"),
         ({"question": "问", "response_chosen": "同", "response_rejected": "同"}, "相同"),
         ({"conversations": [HUMAN, GPT], "chosen": "好", "rejected": "坏"}, "没有以提问结尾"),

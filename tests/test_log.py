@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, script
 
+from stage import UserError
 from training import checkpoint, hardware, log, plot
 from training.config import TrainConfig
 from training.log import Log, read_log
@@ -177,6 +178,26 @@ def test_figures_that_are_not_finite_are_valid_json(tmp_path) -> None:
 
     record = json.loads((tmp_path / "log.jsonl").read_text(), parse_constant=refuse)
     assert record["loss"] is record["grad_norm"] is None
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
+def test_a_full_disk_does_not_end_the_log(tmp_path, capsys) -> None:
+    import resource
+
+    lines = Log(TrainConfig(out=tmp_path), Runtime(torch.device("cpu"), torch.float32), 0, 0, 9, 1)
+    lines.step(1, 10, 4.0, 1e-3, 1.0)
+    size, limits = (tmp_path / "log.jsonl").stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 50, limits[1]))  # in the middle of the next line
+        lines.step(2, 20, 3.0, 1e-3, 1.0)
+        lines.step(3, 30, 2.0, 1e-3, 1.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert capsys.readouterr().out.count("无法写入日志") == 1
+    assert [r["step"] for r in read_log(tmp_path / "log.jsonl")] == [1]
+    lines.step(4, 40, 1.0, 1e-3, 1.0)
+    written = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in written] == [1, 2, 3, 4]
 
 
 def test_a_resumed_log_drops_what_is_torn_and_what_comes_again(tmp_path) -> None:
@@ -364,6 +385,21 @@ def test_logs_that_cannot_be_drawn_are_one_clear_line(tmp_path) -> None:
         assert str(tmp_path / name) in str(raised.value)
     plot.draw_run(tmp_path / "empty")
     assert not (tmp_path / "empty" / "loss.png").exists()
+
+
+def test_a_damaged_log_is_drawn_without_what_is_no_number(tmp_path) -> None:
+    path = write_run(tmp_path / "run", 20) / "log.jsonl"
+    damaged = ["{", "null", "7", '{"step": "x"}', '{"step": 3, "tokens": "a", "loss": 1}']
+    damaged += [
+        f'{{"step": 4, "tokens": 9, "loss": {value}}}' for value in ("NaN", "1e999", "[1]", "1" + "0" * 400)
+    ]
+    path.write_bytes("\n".join(damaged).encode() + b"\n" + path.read_bytes() + b'{"step": 21, "\xe4')
+    _, losses = plot.read_curves(path, "run").figures["loss"]
+    assert len(losses) == 20
+    plot.main(plot.Config(runs=(path.parent, path), out=tmp_path / "both.SVG"))
+    assert "<svg" in (tmp_path / "both.SVG").read_text(encoding="utf-8")
+    with pytest.raises(UserError, match=r"\.png"):
+        plot.Config(runs=(path,), out=tmp_path / "loss.txt").check()
 
 
 def test_smoothing_is_a_mean_of_finite_values_and_thinning_keeps_spikes() -> None:

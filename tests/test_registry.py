@@ -137,6 +137,19 @@ def test_role_names_without_columns_and_deep_nesting(tmp_path):
     assert not records and len(aside) == 2
 
 
+def test_nulls_are_no_settings_and_tags_must_be_names(tmp_path):
+    (tmp_path / "a.json").write_text('[{"instruction": "问", "output": "答"}]', encoding="utf-8")
+    nothing = dict.fromkeys(["columns", "tags", "formatting", "ranking", "num_samples", "hf_hub_url"])
+    entries = {"null": {"file_name": "a.json", **nothing}, "list": {"file_name": "a.json", "tags": ["role"]}}
+    path = tmp_path / "dataset_info.json"
+    path.write_text(json.dumps(entries), encoding="utf-8")
+    assert len(read(path, "null")[0]) == 1
+    with pytest.raises(UserError, match="tags 应为对象"):
+        find_data_sets(["list"], path)
+    records, aside = read(path, str(tmp_path))  # the folder itself: the registry is no data
+    assert len(records) == 1 and not len(aside)
+
+
 def test_plain_paths_and_commas(registry):
     assert (
         len(read(registry, "careful, talk", str(registry.parent / "pairs.json"))[1]) == 200
@@ -158,6 +171,10 @@ def test_mistakes_are_named(registry, name, message):
         find_data_sets([name], registry)
 
 
+def test_no_name_is_not_the_folder_where_one_is(registry):
+    assert find_data_sets([""], registry) == []
+
+
 def test_checksum_error_names_both(registry):
     actual = hashlib.sha1((registry.parent / "pairs.json").read_bytes()).hexdigest()
     with pytest.raises(UserError, match=actual):
@@ -169,6 +186,10 @@ def test_a_folder_that_datasets_loads(registry, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(registry.parent / "cache"))
     records, aside = read(registry, "folder")
     assert len(records) == 7 and not len(aside)
+    entry = {"hf_hub_url": "hub", "split": "nosuch"}
+    registry.write_text(json.dumps({"folder": entry}), encoding="utf-8")
+    with pytest.raises(UserError, match="请检查 split"):
+        read(registry, "folder")
 
 
 def test_no_network_says_what_to_do(registry, monkeypatch):

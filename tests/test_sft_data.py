@@ -145,6 +145,16 @@ def test_sft_csv_by_hand(tmp_path):
     assert list(read_sft_csv(path, aside)) == [] and "history" in aside.examples[-1]["reason"]
 
 
+def test_a_quote_without_its_partner_is_told(tmp_path):
+    """Else the rest of a file would silently be one cell."""
+    path, head = tmp_path / "sft.csv", 'prompt,answer\n问,"多\n行"\n'
+    for end, bad in [("", 0), ('问,"答\n问,答\n问,答', 1), ('问,答,"', 1), ('"问', 1), ('问,"答\ud800"', 0)]:
+        path.write_text(head + end, encoding="utf-8", errors="replace")
+        aside = SetAside()
+        assert len(read_csv(path, aside)) == 2 - bad - (not end) and len(aside) == bad
+        assert all("双引号" in example["reason"] and example["row"] == 2 for example in aside.examples)
+
+
 # --- the command line ---
 
 
@@ -260,6 +270,26 @@ def test_what_an_earlier_run_wrote_does_not_stay(tmp_path):
     (tmp_path / "preference.jsonl").write_text(json.dumps(flat[0]), encoding="utf-8")
     process("--data", tmp_path / "preference.jsonl", "--out", tmp_path / "sft_data.csv")
     assert (tmp_path / "preference.jsonl").exists() and (tmp_path / "sft_data.csv").exists()
+
+
+def test_a_folder_that_holds_the_outputs_is_read_without_them(tmp_path):
+    rows = [alpaca(), {"instruction": QUESTION, "chosen": "好", "rejected": "坏"}]
+    (tmp_path / "a.json").write_text(json.dumps(rows), encoding="utf-8")
+    for _ in range(2):
+        assert process("--data", tmp_path, "--out", tmp_path / "sft_data.csv").returncode == 0
+        report = json.loads((tmp_path / "sft_data.json").read_text(encoding="utf-8"))
+        assert list(report["sources"]) == ["a"] and report["sources"]["a"]["读入"] == 2
+        assert not report["set_aside"]["rows"] and (tmp_path / "preference.jsonl").exists()
+
+
+def test_what_is_written_beside_never_replaces_an_input(tmp_path):
+    pair = {"instruction": QUESTION, "chosen": "好", "rejected": "坏"}
+    for name, row, out in [("train.json", alpaca(), "train.csv"), ("preference.jsonl", pair, "sft_data.csv")]:
+        (tmp_path / name).write_text(json.dumps(row), encoding="utf-8")
+        result = process("--data", tmp_path / name, "--out", tmp_path / out)
+        assert result.returncode and "会被覆盖" in result.stderr
+        assert json.loads((tmp_path / name).read_text(encoding="utf-8")) == row
+        assert not (tmp_path / out).exists()
 
 
 @pytest.mark.parametrize(

@@ -101,3 +101,9 @@ def test_nothing_usable_writes_nothing(tmp_path):
         "sft_tools.py", "convert", tmp_path / "a.json", "--to", "openai", "--out", tmp_path / "b", ok=False
     )
     assert "没有一条可写" in done.stderr and not (tmp_path / "b").exists()
+
+
+def test_names_of_other_containers_are_refused(mixed, tmp_path):
+    for name in ("b.csv", "b.jsonl.gz"):
+        done = script("sft_tools.py", "dedup", mixed, "--out", tmp_path / name, ok=False)
+        assert ".jsonl 或 .json" in done.stderr and not (tmp_path / name).exists()

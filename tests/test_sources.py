@@ -161,15 +161,19 @@ def test_unreadable_files_take_one_clear_entry(content, reason):
 
 
 def test_archives_of_other_kinds_are_explained():
-    buffer = io.BytesIO()
+    buffer, arrow_stream = io.BytesIO(), io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         archive.addfile(tarfile.TarInfo("a.jsonl"))
+    table = pa.table({"text": ["春眠不觉晓"]})
+    with pa.ipc.new_stream(arrow_stream, table.schema) as writer:  # what Dataset.save_to_disk writes
+        writer.write_table(table)
     for content, name in [
         (buffer.getvalue(), "tar"),
         (gzip.compress(buffer.getvalue()), "tar"),
         (bz2.compress(b"{}"), "bzip2"),
         (lzma.compress(b"{}"), "xz"),
         (b"<?xml version='1.0'?><a/>", "XML"),
+        (arrow_stream.getvalue(), "Arrow"),
         (gzip.compress("春眠不觉晓".encode("utf-16")), "UTF-16"),
     ]:
         rows, aside = rows_of(content)

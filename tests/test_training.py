@@ -126,10 +126,15 @@ def test_resume_skips_a_damaged_checkpoint(tokens, unbroken, tmp_path) -> None:
     out = tmp_path / "damaged"
     options = arguments(tokens, out, "--max_steps", 40, "--save_every", 10, "--keep_last", 9)
     script("pretrain.py", *options)
-    for name in ("model.safetensors", "state.json", "optimizer.safetensors"):
+    for name in ("model.safetensors", "state.json", "config.json", "checksums.json"):
         newest = checkpoint.list_steps(out)[-1]
         content = (newest / name).read_bytes()
-        (newest / name).write_bytes(content[: len(content) // 2])
+        if name == "checksums.json":
+            (newest / name).unlink()
+        elif name == "config.json":  # still JSON, but of another shape: no mistake of the settings
+            (newest / name).write_bytes(content.replace(b'"dim": 32', b'"dim": 36'))
+        else:
+            (newest / name).write_bytes(content[: len(content) // 2])
         assert name in script("pretrain.py", *options, "--resume").stdout
         assert losses(out) == losses(unbroken)
         assert (out / f"damaged_{newest.name}").is_dir()
@@ -156,7 +161,7 @@ def test_an_existing_run_is_not_overwritten_and_settings_must_match(tokens, unbr
     assert "batch_tokens" in script("pretrain.py", *other, ok=False).stderr
     wider = arguments(tokens, unbroken, "--max_steps", 60, "--resume")
     wider[wider.index("--dim") + 1] = 64
-    assert "模型形状" in script("pretrain.py", *wider, ok=False).stderr
+    assert "模型形状 dim=32 训练的，现在是 64" in script("pretrain.py", *wider, ok=False).stderr
 
 
 def test_wrong_input_to_pretraining_is_one_clear_line(tokens, vocabulary, tmp_path) -> None:

@@ -6,10 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT, script
 
 from model import IGNORE, ModelArgs, Transformer
@@ -21,7 +24,7 @@ from training.log import Log, read_log
 from training.loop import train
 from training.optimizer import factor as schedule
 from training.recipes import settle
-from training.runtime import Runtime
+from training.runtime import Runtime, agree_on_name
 
 ARGS = ModelArgs(dim=16, n_layers=1, n_heads=2, vocab_size=50, max_seq_len=8)
 TINY = ["--dim", 32, "--n_layers", 1, "--n_heads", 2, "--max_seq_len", 32, "--batch_tokens", 256]
@@ -308,11 +311,23 @@ def finished(command: list[str]) -> subprocess.CompletedProcess:
 
 def started(command: list[str], out: Path, steps: int) -> subprocess.Popen:
     """A run that has logged so many steps."""
-    pipe = subprocess.PIPE
+    pipe, deadline = subprocess.PIPE, time.monotonic() + 100
     process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, encoding="utf-8")
     while process.poll() is None and len(read_log(out / "log.jsonl")) < steps:
+        if time.monotonic() > deadline:
+            process.terminate()
+            pytest.fail("".join(process.communicate(timeout=60)))
         time.sleep(0.01)
     return process
+
+
+def output(process: subprocess.Popen, limit: float) -> tuple[str, str]:
+    """What a run prints until it ends; past the limit it is ended, torchrun with its workers, and the test fails."""
+    try:
+        return process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        pytest.fail("\n".join(process.communicate(timeout=60)))
 
 
 def test_twenty_kills_in_small(tokens, tmp_path) -> None:
@@ -326,7 +341,7 @@ def test_sigusr1_saves_and_ends_well_and_a_second_ctrl_c_ends_at_once(tokens, tm
     long = command(tmp_path, tokens, "--max_steps", 100_000, "--save_every", 100_000)
     process = started(long, tmp_path / "out", 3)
     process.send_signal(signal.SIGUSR1)
-    printed, errors = process.communicate(timeout=60)
+    printed, errors = output(process, 60)
     assert process.returncode == 0, errors
     (saved,) = checkpoint.list_steps(tmp_path / "out")
     assert f"第 {int(saved.name[5:])} 步" in printed
@@ -408,14 +423,59 @@ def test_a_hung_run_says_where_and_ends(tokens, tmp_path) -> None:
     assert "sabotaged.py" in done.stderr
 
 
+def test_what_an_earlier_start_left_in_the_store_misleads_nobody() -> None:
+    store = dist.HashStore()
+    store.set_timeout(timedelta(seconds=20))
+    store.set("question/2", "left by a process that was killed while it waited")
+
+    def start(rank: int, delay: float) -> str:
+        time.sleep(delay)
+        return agree_on_name(store, rank, 3)
+
+    names = []
+    for delays in ((0.2, 0, 0), (0, 0.2, 0.1), (0.1, 0, 0.2)):  # who comes late
+        with ThreadPoolExecutor(3) as pool:
+            found = set(pool.map(start, range(3), delays))
+        assert len(found) == 1
+        names += found
+    assert len(set(names)) == 3
+    store.set_timeout(timedelta(seconds=0.1))
+    with pytest.raises(dist.DistStoreError, match="rank 1"):
+        agree_on_name(store, 0, 3)
+
+
+def test_two_runs_do_not_write_into_one_folder(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(guards, "LOCK_SECONDS", 0.2)
+    alone = Runtime(torch.device("cpu"), torch.float32)
+    with guards.sole_run(tmp_path, alone), pytest.raises(UserError, match=f"{os.getpid()}.*--out"):
+        run(settings(tmp_path, max_steps=2), {})
+    run(settings(tmp_path, max_steps=2), {})  # the lock went with the run that held it
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs prctl")
+def test_workers_whose_torchrun_is_killed_save_and_end(tokens, tmp_path) -> None:
+    out, options = tmp_path / "out", ["--max_steps", 100_000, "--save_every", 100_000]
+    process = started(command(tmp_path, tokens, *options, processes=2), out, 3)
+    process.kill()
+    printed, _ = output(process, 60)  # the pipe is closed when the workers have ended, too
+    (saved,) = checkpoint.list_steps(out)
+    assert f"已保存第 {int(saved.name[5:])} 步" in printed
+
+
+LATE = """
+if (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == ("0", "1"):
+    time.sleep(2)  # the other finds what the first start has left in torchrun's store
+"""
+
+
 def test_a_killed_worker_is_restarted_and_the_run_goes_on_by_itself(tokens, tmp_path) -> None:
     out, options = tmp_path / "out", ["--max_steps", 60, "--save_every", 5, "--resume"]
-    process = started(command(tmp_path, tokens, *options, processes=2), out, 12)
+    process = started(command(tmp_path, tokens, *options, sabotage=LATE, processes=2), out, 12)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     if not children.is_file():
         pytest.skip("needs /proc to find the workers")
     os.kill(int(children.read_text().split()[1]), signal.SIGKILL)
-    printed, errors = process.communicate(timeout=200)
+    printed, errors = output(process, 150)
     assert process.returncode == 0, errors
     assert "完成" in printed
     assert printed.count("步开始") == 2

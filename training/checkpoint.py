@@ -38,8 +38,9 @@ from stage import UserError
 from training import adapter_files, state
 from training.adapter_files import AdapterFolder
 from training.original_pth import args_from_weights, read_pth
-from training.step_folder import CHECKSUMS, Damaged, verify
+from training.step_folder import CHECKSUMS, Damaged, is_of_earlier_format
 from training.step_folder import list_steps as list_steps  # part of what this module offers
+from training.step_folder import verify as verify
 from training.tensor_files import TensorFiles
 from training.writer import Writer as Writer
 
@@ -82,10 +83,12 @@ def open_verified(folder: Path, kind: str) -> tuple[tuple[TensorFiles, TensorFil
     """Weights (`kind`) and optimizer of a checkpoint, counters and numbers; each process verifies a share of files."""
     if not folder.is_dir():
         raise UserError(f"找不到 {folder}：--out 要放在所有机器共享的文件系统上。")
-    if not (folder / CHECKSUMS).is_file():
+    if is_of_earlier_format(folder):
         raise UserError(
             f"{folder} 是旧格式的检查点，不能 --resume；它的权重仍可使用（评测，或 sft.py --init）。"
         )
+    if not (folder / CHECKSUMS).is_file():
+        raise Damaged(f"{folder} 里没有 {CHECKSUMS}，不完整；请用更早的检查点。")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     verify(folder, rank=rank, world=world)
     try:

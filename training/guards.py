@@ -5,6 +5,7 @@ SkippedSteps  losses and gradients that are not finite
 SpikeWatch    losses far above those of the last steps
 StopSignal    SIGTERM, SIGUSR1 and Ctrl-C
 Watchdog      steps that never end
+sole_run      two runs that write into the same folder
 quiet_garbage the garbage collector's pauses
 explain_memory  memory that does not suffice
 """
@@ -12,6 +13,7 @@ explain_memory  memory that does not suffice
 import faulthandler
 import gc
 import os
+import platform
 import signal
 import statistics
 import sys
@@ -19,8 +21,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,12 +31,19 @@ from torch import Tensor
 from model import IGNORE, ModelArgs
 from stage import UserError
 from training.loader import MicroBatch
+from training.runtime import Runtime
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 ADVICE = "请减小 --lr 或加长 --warmup，再用 --resume 从之前的检查点继续。"
 SPIKE_STEPS = 3  # a spike that lasts so long will not pass by itself; one odd batch is no reason to go back
 AROUND = 16  # batches before and after a spike that a rollback leaves out
 ROLLBACKS = 2  # from one checkpoint; if a spike comes back once more, the data is not to blame
 WARM_UP = 5  # steps after which what is alive stays alive: compiled code, optimizer state, buffers
+LOCK_SECONDS = 10  # that a run waits for another one which is ending in its folder
 COLLECT_EVERY = 1000  # steps between two collections of garbage
 
 
@@ -237,6 +247,46 @@ class Watchdog:
             )
             faulthandler.dump_traceback(all_threads=True)
             os._exit(1)  # neither locks nor queues of a hung process can be trusted
+
+
+@contextmanager
+def sole_run(out: Path, runtime: Runtime) -> Iterator[None]:
+    """Hold the folder of a run, so that no other run writes there; UserError in all processes if one does."""
+    with ExitStack() as held:
+        runtime.main_first(lambda: held.enter_context(lock(out)))
+        yield
+
+
+@contextmanager
+def lock(out: Path) -> Iterator[None]:
+    """Lock a folder; the system gives it back when this process ends, however that happens."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "a+", encoding="utf-8") as file:
+        deadline = time.monotonic() + LOCK_SECONDS
+        while not try_lock(file):  # the other may be about to end
+            if time.monotonic() > deadline:
+                file.seek(0)
+                holder = file.read() or "未知的进程"
+                raise UserError(
+                    f"另一次训练（{holder}）正在写入 {out}：请等它结束，或用 --out 换一个文件夹。"
+                )
+            time.sleep(0.1)
+        file.truncate(0)
+        file.write(f"{platform.node()} 的进程 {os.getpid()}")
+        file.flush()
+        yield
+
+
+def try_lock(file: IO[str]) -> bool:
+    """Lock a file unless another process has; where the system or the file system has no locks, all may have it."""
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from pathlib import Path
 
@@ -24,6 +25,7 @@ class Log:
         self.total_steps, self.flops = total_steps, flops
         self.peak = runtime.peak_flops()
         self.trackers = Trackers(cfg, step) if runtime.is_main else None
+        self.unwritten = b""  # lines that are not in the file yet, because the disk is full
         self.rewind(step, tokens)  # last, because it starts the clock
 
     def rewind(self, step: int, tokens: int) -> None:
@@ -97,9 +99,24 @@ class Log:
         if self.trackers is None:
             return
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(finite, ensure_ascii=False) + "\n")
+        self.unwritten += json.dumps(finite, ensure_ascii=False).encode() + b"\n"
+        self.append()
         self.trackers.record(finite)
+
+    def append(self) -> None:
+        """Write what is not in the file yet. A full disk does not end a run: the lines wait until there is room."""
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with open(self.path, "ab") as file:
+                file.write(self.unwritten)
+        except OSError as error:
+            if self.path.exists():
+                os.truncate(self.path, size)  # no half of a line
+            if self.unwritten.count(b"\n") == 1:  # the first that waits
+                reason = f"{self.path}：{error.strerror or error}"
+                self.runtime.print(f"警告：无法写入日志 {reason}（训练继续，之后补写）")
+            return
+        self.unwritten = b""
 
 
 class Pause:

@@ -48,6 +48,7 @@ def train(
     if cfg.estimate:
         return
     with (
+        guards.sole_run(cfg.out, runtime),
         guards.explain_memory(cfg, model.args),
         guards.quiet_garbage() as collect_garbage,
         Watchdog(cfg.hang_timeout, runtime.rank) as watchdog,
@@ -103,7 +104,7 @@ class Run:
 
     def begin(self, flops: float) -> None:
         """Restore the newest checkpoint if asked to, and make the model ready for the loop. flops: per token."""
-        found = self.runtime.from_main(checkpoint.list_steps(self.cfg.out))
+        found = self.runtime.from_main(checkpoint.list_steps(self.cfg.out, also_torn=True))
         if found and not self.cfg.resume:
             raise UserError(
                 f"{self.cfg.out} 里已有检查点（{found[-1].name}）：加 --resume 继续训练，或用 --out 换一个文件夹。"
@@ -276,12 +277,14 @@ class Run:
         broken = sum(not bool(piece_of(p).rows.isfinite().all()) for p in self.model.parameters())
         if self.runtime.sum(broken)[0]:
             raise UserError(f"第 {self.step} 步的权重不再是有限数，没有保存；{guards.ADVICE}")
-        for attempt in (1, 2):  # the first may only bring the error of an earlier write
+        # In the background, the first attempt may only bring the error of an earlier write.
+        attempts = 1 + self.writer.in_background
+        for attempt in range(1, attempts + 1):
             try:
                 self.write_checkpoint(wait=is_last)
                 return
             except UserError as error:
-                if is_last and attempt == 2:
+                if is_last and attempt == attempts:
                     raise
                 self.runtime.print(f"警告：{error}（训练继续，下次保存时再试）")
 
@@ -323,8 +326,10 @@ class Run:
     def try_restore(self, folder: Path) -> UserError | None:
         """Restore a checkpoint, or return what is damaged about it."""
         try:  # damage that one process meets, all of them meet
+            checkpoint.verify(folder, "config.json")  # before what it says is taken for another setting
             args = checkpoint.read_args(folder)
-            check_same(folder, "模型形状", asdict(args), asdict(self.model.args))
+            for name, value in asdict(self.model.args).items():
+                check_same(folder, f"模型形状 {name}", getattr(args, name), value)
             counters = checkpoint.restore(folder, self.model, self.optimizer)
         except checkpoint.Damaged as damage:
             return damage

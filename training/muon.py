@@ -79,20 +79,27 @@ class Muon(torch.optim.Optimizer):
     def update(self, params: list[Tensor], group: dict, skip: Tensor | None, scale: Tensor | None) -> None:
         """One step of matrices (m, n) of one shape. skip: whether to leave everything as it is."""
         m, n = params[0].shape
+        rate, keep = group["lr"] * math.sqrt(max(1, m / n)), 1 - group["lr"] * group["weight_decay"]
         weights = [local(p) for p in params]
         grads = [local(p.grad) if scale is None else local(p.grad) / scale for p in params]
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         momenta = [local(self.state[p]["momentum_buffer"]) for p in params]
-        new_momenta = torch._foreach_lerp(momenta, grads, 1 - group["momentum"])
-        ahead = torch._foreach_lerp(grads, new_momenta, group["momentum"])  # Nesterov
+        follow: float | Tensor = 1 - group["momentum"]
+        if skip is not None:  # then nothing moves: finite gradients, and steps of length 0
+            grads = [grad.masked_fill(skip, 0) for grad in grads]
+            follow, rate, keep = (
+                torch.where(skip, still, value) for still, value in ((0.0, follow), (0.0, rate), (1.0, keep))
+            )
+        for momentum, grad in zip(momenta, grads, strict=True):
+            momentum.lerp_(grad, torch.as_tensor(follow, dtype=grad.dtype, device=grad.device))
+        ahead = [
+            g.lerp(m, group["momentum"]).to(self.dtype) for g, m in zip(grads, momenta, strict=True)
+        ]  # Nesterov
         updates = self.orthogonalise(torch.stack(ahead), params[0])  # (S, rows here, n)
-        rate = group["lr"] * math.sqrt(max(1, m / n))
-        keep = 1 - group["lr"] * group["weight_decay"]
-        for weight, momentum, new, update in zip(weights, momenta, new_momenta, updates, strict=True):
-            assign(momentum, new, skip)
-            assign(weight, (weight * keep).add_(update.to(weight.dtype), alpha=-rate), skip)
+        for weight, update in zip(weights, updates, strict=True):
+            weight.mul_(keep).sub_(update.to(weight.dtype).mul_(rate))
 
     def orthogonalise(self, momenta: Tensor, like: Tensor) -> Tensor:
         """Orthogonalise matrices of which this process has the rows (S, rows, n) that it has of `like`."""
@@ -143,11 +150,6 @@ def same_shapes(params: list[Tensor]) -> list[list[Tensor]]:
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process has; it shares the memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def assign(old: Tensor, new: Tensor, skip: Tensor | None) -> None:
-    """Write `new` into `old`, unless skip is true, decided where the tensors are."""
-    old.copy_(new if skip is None else torch.where(skip, old, new))
 
 
 def as_bytes(tensor: Tensor) -> Tensor:

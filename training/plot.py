@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from tyro.conf import Positional
 
-from stage import DEMO_OUT, ROOT, StageConfig, UserError, atomic_path, run_stage
+from stage import DEMO_OUT, ROOT, StageConfig, UserError, atomic_path, require, run_stage
 from training.log import read_log
 
 POINTS = 1000  # of a drawn line: more than the picture has pixels would only cost time
+PICTURES = (".png", ".jpg", ".svg", ".pdf")
 SMOOTHING = 60  # a smoothed point is the mean of 1/60 of the run
 
 # Fonts with Chinese characters that systems come with, for names of runs; everything else is in English.
@@ -37,6 +38,10 @@ class Config(StageConfig):
 
     def has_input(self) -> bool:
         return all(run.exists() for run in self.runs)
+
+    def check(self) -> None:
+        suffix = self.out.suffix.lower() if self.out else ""
+        require(suffix in ("", *PICTURES), "out", self.out, f"应以 {'、'.join(PICTURES)} 结尾")
 
 
 @dataclass
@@ -72,12 +77,17 @@ def read_curves(run: Path, label: str) -> Curves:
     figures: dict[str, dict[int, tuple[float, float]]] = {}
     for record in read_log(path):
         for name, value in record.items():
-            if isinstance(value, int | float) and isinstance(record.get("tokens"), int | float):
+            if is_figure(value) and is_figure(record.get("tokens")):
                 figures.setdefault(name, {})[record["step"]] = (record["tokens"], value)
     if "loss" not in figures and "val_loss" not in figures:
         raise UserError(f"训练日志 {path} 里还没有记录；训练满 --log_every 步之后再画。")
     points = {name: np.array(sorted(by_step.values()), dtype=float) for name, by_step in figures.items()}
     return Curves(label, {name: (xy[:, 0], xy[:, 1]) for name, xy in points.items()})
+
+
+def is_figure(value: object) -> bool:
+    """Whether something from a log is a number that can be drawn."""
+    return isinstance(value, int | float) and abs(value) < 1e300  # false for NaN
 
 
 def labels(runs: Sequence[Path]) -> list[str]:
@@ -124,7 +134,7 @@ def draw(curves: Sequence[Curves], out: Path) -> None:
             axis.grid(alpha=0.3)
         figure.align_ylabels()
         with atomic_path(out) as temporary:
-            figure.savefig(temporary, format=out.suffix[1:] or "png")
+            figure.savefig(temporary, format=out.suffix[1:].lower() or "png")
         plt.close(figure)
 
 

@@ -3,14 +3,19 @@
 One process on a laptop, or many under torchrun; the rest of the code does not know the difference.
 """
 
+import ctypes
 import gc
 import os
 import platform
+import signal
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -41,9 +46,14 @@ class Runtime:
         return self.rank == 0
 
     def print(self, *message: object) -> None:
-        """Print once, not once per process."""
+        """Print once, not once per process. A message for which the disk has no room does not end a run."""
         if self.is_main:
-            print(*message, flush=True)
+            try:
+                print(*message, flush=True)
+            except BrokenPipeError:
+                raise
+            except OSError:  # standard output goes to a file
+                pass
 
     def autocast(self) -> AbstractContextManager:
         """Run matrix products in `dtype`."""
@@ -175,10 +185,16 @@ def start(
     if deterministic:  # https://docs.pytorch.org/docs/stable/notes/randomness.html
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        # Were torchrun killed, this process would train on unseen: let it get a SIGTERM then (prctl(2)).
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if world > 1:
         # gloo as well: counts and errors are agreed on without waiting for the GPU.
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=timeout))
+        limit = timedelta(minutes=timeout)
+        store = common_store(rank, world, limit)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
     torch.manual_seed(seed)
     yield Runtime(chosen, choose_dtype(chosen, precision), rank, world)
     if world > 1:  # after an error the others may never come to this call: then the process just ends
@@ -187,6 +203,46 @@ def start(
         gc.collect()
         dist.barrier()
         dist.destroy_process_group()
+
+
+def common_store(rank: int, world: int, timeout: timedelta) -> dist.Store:
+    """Where the processes exchange their addresses; nothing in it is from an earlier start of this run.
+
+    torchrun keeps one store over all its restarts, and processes that find the addresses of the last start before
+    the new ones wait for each other until the time-out (https://github.com/pytorch/pytorch/issues/135712). Its
+    restart count would not do as a prefix: each machine counts for itself.
+    """
+    try:
+        store, *_ = next(dist.rendezvous("env://", rank, world, timeout=timeout))
+        store.set_timeout(timeout)
+        return dist.PrefixStore(agree_on_name(store, rank, world), store)
+    except dist.DistError as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"进程 {rank} 等了 {timeout.total_seconds() / 60:g} 分钟（--timeout），{world} 个进程仍没有到齐：{reason}"
+        ) from error
+
+
+def agree_on_name(store: dist.Store, rank: int, world: int) -> str:
+    """A name for this start, the same in all its processes: the first one's, who answers each that asks.
+
+    A question that was left by an earlier start gets an answer too, which nobody confirms; then it is replaced.
+    """
+    mine = uuid4().hex
+    if rank:
+        store.set(f"question/{rank}", mine)
+        name = store.get(f"answer/{mine}").decode()  # waits for it
+        store.set(f"confirmed/{name}/{rank}", "")
+        return name
+    deadline = time.monotonic() + store.timeout.total_seconds()
+    for other in range(1, world):
+        while not store.check([f"confirmed/{mine}/{other}"]):
+            if time.monotonic() > deadline:
+                raise dist.DistStoreError(f"rank {other} is missing")
+            if store.check([f"question/{other}"]):
+                store.set(f"answer/{store.get(f'question/{other}').decode()}", mine)
+            time.sleep(0.005)
+    return mine
 
 
 def choose_device(name: str) -> torch.device:

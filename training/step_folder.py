@@ -61,8 +61,12 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
-def list_steps(out: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    folders = [f for f in out.glob("step_*") if re.fullmatch(r"step_\d{8,}", f.name)]
-    # training_state.pt: the earlier format, of which the weights can still be used
-    return sorted(f for f in folders if (f / CHECKSUMS).is_file() or (f / "training_state.pt").is_file())
+def list_steps(out: Path, also_torn: bool = False) -> list[Path]:
+    """The checkpoints of a run, oldest first. also_torn: those that were never whole, too."""
+    folders = [f for f in out.glob("step_*") if re.fullmatch(r"step_\d{8,}", f.name) and f.is_dir()]
+    return sorted(f for f in folders if also_torn or (f / CHECKSUMS).is_file() or is_of_earlier_format(f))
+
+
+def is_of_earlier_format(folder: Path) -> bool:
+    """Whether this is a checkpoint of the format before checksums, of which the weights can still be used."""
+    return (folder / "training_state.pt").is_file()

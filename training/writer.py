@@ -1,5 +1,6 @@
 """Writing checkpoints (their files: training/checkpoint.py) while training goes on, and deleting old ones."""
 
+import os
 import shutil
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -184,7 +185,10 @@ class Writer:
     def delete_old(self) -> None:
         for old in list_steps(self.out)[: -self.keep_last]:
             if not self.keep_every or step_of(old) % self.keep_every:
-                shutil.rmtree(old)
+                # Half of it must not pass for a checkpoint: under this name it is a leftover of a killed run.
+                doomed = old.with_name(f".{old.name}.tmp-{os.getpid()}")
+                os.replace(old, doomed)
+                shutil.rmtree(doomed)
 
 
 def cannot_write(final: Path, error: Exception) -> UserError:

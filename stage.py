@@ -173,11 +173,15 @@ def remove(path: Path) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raise an OSError now if `path` could not be written at the end of a long run."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Raise UserError now if `path` could not be written at the end of a long run."""
     probe = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    probe.touch()
-    probe.unlink()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"无法写入 {path}（{reason}）；请检查权限和磁盘，或换一个路径。") from error
 
 
 def sidecar_path(path: Path) -> Path:

@@ -20,7 +20,18 @@ from sources.aside import SetAside
 from sources.files import check_kept, list_files
 from sources.pretrain_text import read_documents
 from sources.report import write_json
-from stage import DEMO_DIR, ROOT, StageConfig, UserError, atomic_path, need, require, run_stage, sidecar_path
+from stage import (
+    DEMO_DIR,
+    ROOT,
+    StageConfig,
+    UserError,
+    atomic_path,
+    check_writable,
+    need,
+    require,
+    run_stage,
+    sidecar_path,
+)
 
 HELD_OUT_EVERY = 50  # one document in so many measures the compression and is not trained on
 HELD_OUT_CHARACTERS = 1_000_000
@@ -55,6 +66,7 @@ class Config(StageConfig):
 def main(cfg: Config) -> None:
     if cfg.demo:
         need(cfg.data, "data_clean/clear.py", cfg)
+    check_writable(cfg.out)
     check_kept([sidecar_path(cfg.out)], list_files(cfg.data))
     corpus = Corpus(cfg.data)
     with atomic_path(cfg.out) as temporary:

@@ -20,7 +20,7 @@ from data_clean.keys import keys_of
 from data_clean.ngram_index import build_index, empty_found, scan
 from data_clean.texts import from_strings
 from sources.aside import SetAside
-from sources.containers import read_rows
+from sources.containers import is_csv, read_rows
 from sources.files import list_files
 from sources.instructions import Unusable, to_messages
 from stage import UserError
@@ -121,8 +121,7 @@ def without_repeats(items: Sequence[Item]) -> list[Item]:
 
 def read_items(file: Path, aside: SetAside) -> Iterator[Item]:
     """The questions of a benchmark file: CSV, JSON, JSON lines, parquet, or lines of text."""
-    is_csv = ".csv" in [suffix.lower() for suffix in file.suffixes]
-    for number, row in read_rows(file, aside, as_csv=is_csv):
+    for number, row in read_rows(file, aside, as_csv=is_csv(file)):
         try:
             yield Item(file, number, *question_and_options(row))
         except Unusable as reason:

@@ -46,10 +46,12 @@ from data_clean.tally import Tally
 from sources.aside import SetAside
 from sources.demo_corpus import ensure_demo
 from sources.files import OUR_OUTPUTS, list_files
-from sources.pieces import split_into_pieces
+from sources.pieces import grouped, split_into_pieces
 from sources.report import settings, write_json
 from stage import DEMO_DIR, ROOT, StageConfig, UserError, atomic_path, check_writable, require, run_stage
 from workers import WorkFolder, file_key, processors
+
+JOB_BYTES, MANY_JOBS = 1 << 20, 256  # small files are worked on together up to this size, if there are many
 
 
 @dataclass
@@ -148,11 +150,13 @@ def main(cfg: Config) -> None:
 
 def extract_jobs(cfg: Config) -> list[ExtractJob]:
     """The pieces of the corpora to compare with, then those of the corpus."""
-    pieces = split_into_pieces(cfg.data, (*OUR_OUTPUTS, cfg.out))
+    pieces = split_into_pieces(cfg.data, (*OUR_OUTPUTS, cfg.out, *cfg.against))
     others = [piece for folder in cfg.against for piece in split_into_pieces(folder, ())]
     recipe = make_recipe(cfg)
-    both = [(piece, True) for piece in others] + [(piece, False) for piece in pieces]
-    return [ExtractJob(number, piece, recipe, old) for number, (piece, old) in enumerate(both)]
+    limit = min(JOB_BYTES, sum(piece.size for piece in others + pieces) // MANY_JOBS)
+    both = [(group, True) for group in grouped(others, limit)]
+    both += [(group, False) for group in grouped(pieces, limit)]
+    return [ExtractJob(number, group, recipe, old) for number, (group, old) in enumerate(both)]
 
 
 def make_recipe(cfg: Config) -> Recipe:
@@ -178,7 +182,7 @@ def work_key(cfg: Config, jobs: list[ExtractJob]) -> dict[str, Any]:
     others = [file for path in cfg.benchmarks for file in list_files(path)]
     others += [cfg.block_words] if cfg.block_words else []
     others += sorted(cfg.model.rglob("*.*")) if cfg.model else []
-    files = sorted({job.piece.file for job in jobs}) + others
+    files = sorted({piece.file for job in jobs for piece in job.pieces}) + others
     return {**settings(cfg), "workers": None, "files": file_key(files)}
 
 
@@ -186,7 +190,7 @@ def extract_all(
     cfg: Config, jobs: list[ExtractJob], work: WorkFolder, tally: Tally, aside: SetAside
 ) -> list[Shard]:
     """Read and clean all pieces."""
-    sizes = [job.piece.size for job in jobs]
+    sizes = [job.size for job in jobs]
     results = work.run("extract", extract, jobs, sizes, cfg.workers, "读取与清洗")
     shards = []
     for job, result in zip(jobs, results, strict=True):

@@ -1,6 +1,6 @@
-"""Two normal forms of a text: a light one that is stored, and a rough key that only comparison uses.
+"""The normal form of a text that is stored; the rough key that only comparison uses is in keys.py.
 
-`normalise` defines the light one. `normalise_batch` gives the same for many texts: a compiled pass finds those
+`normalise` defines it. `normalise_batch` gives the same for many texts: a compiled pass finds those
 that are normal already, which most are, and only the others go through Python.
 """
 
@@ -25,10 +25,6 @@ INVISIBLE = re.compile(
 STRAY_JOINERS = re.compile("[\u200c\u200d]+(?=[\u3000-\u9fff])|(?<=[\u3000-\u9fff])[\u200c\u200d]+")
 LINE_ENDS = re.compile(r"[ \t\u00a0\u3000]+(?=\n)")
 BLANK_LINES = re.compile(r"\n{3,}")
-# Python's \w lacks the vowel signs and accents (category M) that carry meaning in many scripts.
-MARKS = "".join(chr(code) for code in range(0x300, 0xFE00) if unicodedata.category(chr(code))[0] == "M")
-NOT_CONTENT = re.compile(f"(?:[^\\w{MARKS}]|_)+")
-COMPOUND_SIGNS = re.compile("[\u2100-\u214f\u3200-\u33ff]")  # signs that stand for letters, e.g. one for kg
 
 
 def normalise(text: str) -> str:
@@ -184,14 +180,3 @@ def _normalise(data, table, result):
             if sign & SPACE == 0:
                 text_end = out
     return text_end
-
-
-def comparison_key(text: str) -> str:
-    """Only letters, marks and digits of every script, in one width and case: equal keys, equal content."""
-    # Most text needs no NFKC once its punctuation is gone, and testing that is far cheaper than doing it.
-    if COMPOUND_SIGNS.search(text):
-        text = unicodedata.normalize("NFKC", text)
-    key = NOT_CONTENT.sub("", text)
-    if not unicodedata.is_normalized("NFKC", key):
-        key = NOT_CONTENT.sub("", unicodedata.normalize("NFKC", key))
-    return key.lower()

@@ -112,7 +112,7 @@ def stages(plan: "Plan") -> list[Stage]:
 
     cfg, pieces = plan.cfg, len(plan.jobs)
     tasks = min(cfg.tasks or pieces, pieces)
-    shares = min(math.ceil(tasks / cfg.bands), 1 + sum(job.piece.size for job in plan.jobs) // SHARE_BYTES)
+    shares = min(math.ceil(tasks / cfg.bands), 1 + sum(job.size for job in plan.jobs) // SHARE_BYTES)
     similar = cfg.bands * shares if cfg.dedup == "minhash" else 1
     clean = [blocks.PieceReader(plan), blocks.CleaningFilter(plan), blocks.ShardBlock(plan)]
     made = [Stage("extract", "读取与清洗", clean, tasks)]

@@ -93,7 +93,7 @@ def write_shard(
             file.write(texts.take(rows).data)
     names = sorted(set(documents.sources))
     code_of = {name: code for code, name in enumerate(names)}
-    codes = np.array([code_of[name] for name in documents.sources], np.uint16)
+    codes = np.array([code_of[name] for name in documents.sources], np.uint32)
     columns = {
         "order": documents.order,
         "source": codes,

@@ -28,7 +28,7 @@ from data_clean.signatures import Settings, Signatures, sign
 from data_clean.tally import CONTAMINATED, SHARES, Tally
 from data_clean.texts import concatenate, from_arrow
 from sources.aside import SetAside
-from sources.pieces import Piece, read_batches
+from sources.pieces import Piece, read_together
 
 SHARD_BYTES = 64 << 20  # text of a shard; a worker holds it twice while it is written
 ROW_GROUP = 5000  # rows: readers stream parquet and hold one group
@@ -59,9 +59,13 @@ class Recipe:
 
 class ExtractJob(NamedTuple):
     number: int
-    piece: Piece
+    pieces: Sequence[Piece]  # neighbours
     recipe: Recipe
     is_reference: bool  # already clean; new documents are compared with it
+
+    @property
+    def size(self) -> int:
+        return sum(piece.size for piece in self.pieces)
 
 
 class StripJob(NamedTuple):
@@ -89,7 +93,7 @@ class PartJob(NamedTuple):
 
 
 def extract(job: ExtractJob, folder: Path) -> dict[str, Any]:
-    """Read a piece of the corpus, clean its documents, and write them as shards."""
+    """Read pieces of the corpus, clean their documents, and write them as shards."""
     aside, cleaner = SetAside(), Cleaner(job.recipe)
     writer = ShardWriter(folder, job.recipe, job.number, cleaner.tally)
     for documents in read(job, aside, cleaner.tally):
@@ -160,9 +164,9 @@ def write_part(job: PartJob, folder: Path) -> dict[str, Any]:
 
 
 def read(job: ExtractJob, aside: SetAside, tally: Tally) -> Iterator[Documents]:
-    """The documents of a piece, batch by batch, counted."""
+    """The documents of a job, batch by batch, counted."""
     position, start = job.number << 40, time.process_time()
-    for batch in read_batches(job.piece, aside, job.recipe.text_column):
+    for batch in read_together(job.pieces, aside, job.recipe.text_column):
         texts, sources = from_arrow(batch.texts), np.array(batch.sources.to_pylist(), object)
         order = np.arange(position, position + texts.count, dtype=np.uint64)
         position += texts.count

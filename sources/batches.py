@@ -12,11 +12,12 @@ from sources.aside import FileAside
 from sources.containers import Part, Row, complete, part_rows
 from sources.detect import is_utf8
 from sources.json_rows import BAD_TEXT, fast_json
-from sources.parquet import open_parquet, parquet_rows, record_batches
+from sources.parquet import DAMAGED, open_parquet, parquet_rows, record_batches
 from sources.text_formats import FIELDS, Unusable, remedy, row_text, text_field
 
 BATCH_BYTES = 8 << 20
 BATCH_ROWS = 10_000
+FEW_SOURCES = 1000  # names of data sets that any file may have
 COLUMN_ROWS = 1024  # rows of a parquet file that are looked at together
 
 
@@ -116,8 +117,7 @@ def _rows_at_a_time(file: pq.ParquetFile, field: str) -> int:
 
 def _columns(file: pq.ParquetFile, part: Part, field: str, source: str) -> Iterator[Batch]:
     """The texts of one column, no Python object for each."""
-    # Our own clean files keep the name of the data set each row came from.
-    has_sources = set(file.schema_arrow.names) == {"text", "source"} and field == "text"
+    has_sources = field == "text" and _names_sources(file)
     columns, rows = [field, "source"] if has_sources else [field], _rows_at_a_time(file, field)
     for number, table in record_batches(file, part.report, part.start, part.end, columns, rows):
         texts, keep = _stripped(table.column(field), field, number, part.report)
@@ -125,6 +125,21 @@ def _columns(file: pq.ParquetFile, part: Part, field: str, source: str) -> Itera
         if not keep.all():
             texts, sources = texts.filter(pa.array(keep)), sources.filter(pa.array(keep))
         yield from _bounded(Batch(texts, sources))
+
+
+def _names_sources(file: pq.ParquetFile) -> bool:
+    """Whether the rows name the data set they came from, as those of our own clean files do.
+
+    Others have a link or a title in `source`, another one in nearly every row: a data set for each would fill the
+    report and the memory.
+    """
+    if set(file.schema_arrow.names) != {"text", "source"} or not file.num_row_groups:
+        return False
+    try:
+        first = next(file.iter_batches(BATCH_ROWS, row_groups=[0], columns=["source"], use_threads=False), [])
+    except DAMAGED:  # whoever reads the rows says so
+        return True
+    return not first or len(first["source"].unique()) <= max(FEW_SOURCES, first.num_rows // 2)
 
 
 def _stripped(

@@ -39,6 +39,11 @@ class Part(NamedTuple):
         return self.start == 0 and self.end is None
 
 
+def is_csv(path: Path) -> bool:
+    """Whether a file is CSV by its name: its content may be anything."""
+    return ".csv" in [suffix.lower() for suffix in path.suffixes]
+
+
 def read_rows(
     path: Path, aside: SetAside, as_csv: bool = False, decode: Decode = exact_json
 ) -> Iterator[tuple[int, Row]]:
@@ -105,25 +110,27 @@ def _opened(
 
 def complete(items: Iterable[T], part: Part) -> Iterator[T]:
     """Pass everything on; damage, or that there was nothing at all, is set aside."""
-    before, is_empty = len(part.report.aside), True
+    before, item = len(part.report.aside), None
     try:
         for item in items:
-            is_empty = False
             yield item
     except (OSError, *DAMAGED) as error:
-        report_damage(error, part.report)
+        # Behind the last good row; parquet is read from its end, and knows the rows of its damage itself.
+        place = None if part.container == "parquet" else item[0] + 1 if item else part.start + 1
+        report_damage(error, part.report, place)
     # `[]`, an empty table, a CSV of a header alone
-    if is_empty and part.is_whole and len(part.report.aside) == before:
+    if item is None and part.is_whole and len(part.report.aside) == before:
         part.report.add(None, "文件里没有数据行")
 
 
-def report_damage(error: Exception, report: FileAside) -> None:
+def report_damage(error: Exception, report: FileAside, place: int | None = None) -> None:
+    """Set aside what cannot be read: from the row (or byte) `place` on, or without it the whole file."""
     if isinstance(error, zipfile.BadZipFile):
-        report.add(None, "zip 文件损坏或不完整，其后读不到", str(error), "重新下载该文件")
+        report.add(place, "zip 文件损坏或不完整，其后读不到", str(error), "重新下载该文件")
     elif isinstance(error, DAMAGED):
-        report.add(None, "压缩文件损坏或不完整，其后读不到", str(error), "重新下载该文件")
+        report.add(place, "压缩文件损坏或不完整，其后读不到", str(error), "重新下载该文件")
     else:
-        report.add(None, f"无法读取：{error.strerror or error}")
+        report.add(place, f"无法读取：{error.strerror or error}")
 
 
 def part_rows(part: Part, decode: Decode) -> Iterator[tuple[int, Row]]:

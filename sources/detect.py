@@ -2,12 +2,16 @@
 
 import codecs
 import json
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 HEAD = 1 << 20  # a longer file is cut there
 # strict=False: raw tabs and newlines inside strings are common in published files and harmless.
 DECODER = json.JSONDecoder(strict=False)
+# How JSON begins, also what is broken or written by Python's repr; {{模板}} and [[链接]] begin wiki text.
+OBJECT = re.compile(r"\{\s*(?:[\"'}]|$)")
+ARRAY = re.compile(r"\[\s*(?:[{\"\]]|\[\s*[\[{\"\d\]-]|$)")
 Container = Literal["parquet", "array", "lines", "values", "text", "csv", "empty", "unreadable"]
 
 _UNPACK = "先解压，再放回原处"
@@ -76,14 +80,13 @@ def _text_container(head: str, is_cut: bool, as_csv: bool) -> Container:
     if as_csv and not first.startswith(("{", "[")):
         return "csv"  # its cells may hold anything, lines of JSON too
     if first.startswith("[") and not (len(lines) > 1 and parses(first)):
-        after = head.lstrip()[1:].lstrip()[:1]
-        return "array" if after in '{["]' or parses(first) else "text"
+        return "array" if ARRAY.match(head.lstrip()) or parses(first) else "text"
     values = [decode(line) for line in lines]
     begin_alike = sum(line.startswith("{") for line in lines)
     has_objects = any(isinstance(value, dict) for value in values) and begin_alike * 2 >= len(lines)
     if has_objects or INVALID not in values:
         return "lines"
-    if first.startswith("{"):
+    if OBJECT.match(first):
         if _several_values(first):
             return "values"
         # Broken or megabyte-long lines all begin alike; a pretty-printed object does not.

@@ -11,7 +11,8 @@ from stage import DEMO_DIR, ROOT, UserError
 OUR_OUTPUTS = (DEMO_DIR, ROOT / "data" / "clean")
 # Files that lie beside data sets but are not data to be read as text; .bin files hold tokens.
 NOT_TEXT = {".bin", ".md", ".model", ".pdf", ".png", ".jpg", ".jpeg", ".pth", ".py", ".safetensors"}
-NOT_DATA = {"readme", "license", "report", "dataset_info"}
+NOT_DATA = {"readme", "license", "dataset_info"}  # with any suffix
+REPORTS = {"report.json", "report.html"}  # of our own stages
 CONTAINERS = {".gz", ".zst", ".zip", ".json", ".jsonl", ".ndjson", ".txt", ".csv", ".parquet", ".bin"}
 
 
@@ -64,7 +65,8 @@ def stem(file: Path) -> str:
 def is_data_name(file: Path, root: Path) -> bool:
     """Whether a file below `root` (a folder or a zip archive) may hold data, by its name alone."""
     hidden = any(part.startswith(".") or part == "__MACOSX" for part in file.relative_to(root).parts)
-    return not (hidden or file.stem.lower() in NOT_DATA or file.suffix.lower() in NOT_TEXT)
+    is_no_data = file.stem.lower() in NOT_DATA or file.name in REPORTS or file.suffix.lower() in NOT_TEXT
+    return not (hidden or is_no_data)
 
 
 def walk(folder: Path) -> Iterator[Path]:

@@ -1,22 +1,22 @@
 """Pieces of a corpus for worker processes, and the texts of a piece in batches of bounded size."""
 
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 import pyarrow.parquet as pq
 
 from sources.aside import SetAside
-from sources.batches import Batch, part_batches
-from sources.containers import open_parts
+from sources.batches import Batch, joined, part_batches
+from sources.containers import is_csv, open_parts
 from sources.detect import HEAD, detect
 from sources.files import OUR_OUTPUTS, list_files, source_name
 from sources.parquet import DAMAGED as PARQUET_DAMAGED
 from sources.streams import DAMAGED, is_plain, is_zip, open_file, open_zip, zip_members
 
-__all__ = ["PIECE_BYTES", "Batch", "Piece", "read_batches", "split_into_pieces"]
+__all__ = ["PIECE_BYTES", "Batch", "Piece", "grouped", "read_batches", "read_together", "split_into_pieces"]
 PIECE_BYTES = 64 << 20
 
 
@@ -35,7 +35,7 @@ def split_into_pieces(
 ) -> list[Piece]:
     """The pieces of all data files of a file or folder, in order; together they hold every row once.
 
-    What cannot be split (compressed files, JSON arrays) is one piece, whatever its size, and so is what cannot
+    What cannot be split (compressed files, JSON arrays, CSV) is one piece, whatever its size, and so is what cannot
     be read: it is reported by who reads it. Raises UserError if there are no files.
     """
     return [piece for file in list_files(path, skip) for piece in _split(file, path, piece_bytes)]
@@ -43,8 +43,38 @@ def split_into_pieces(
 
 def read_batches(piece: Piece, aside: SetAside, text_column: str | None = None) -> Iterator[Batch]:
     """The texts of a piece, in order; rows without a usable text go to `aside`."""
-    for part in open_parts(piece.file, aside, piece.start, piece.end):
+    for part in open_parts(piece.file, aside, piece.start, piece.end, is_csv(piece.file)):
         yield from part_batches(part, piece.source, text_column)
+
+
+class Sized(Protocol):
+    """Anything with a number of bytes."""
+
+    @property
+    def size(self) -> int: ...
+
+
+S = TypeVar("S", bound=Sized)
+
+
+def grouped(pieces: Iterable[S], limit: int) -> list[list[S]]:
+    """Neighbours put together up to `limit` bytes: of many small files each would cost as much as a large one."""
+    groups: list[list[S]] = []
+    size = 0
+    for piece in pieces:
+        if not groups or size + piece.size > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(piece)
+        size += piece.size
+    return groups
+
+
+def read_together(
+    pieces: Sequence[Piece], aside: SetAside, text_column: str | None = None
+) -> Iterator[Batch]:
+    """The texts of several pieces, in order, as `read_batches`; a batch may hold those of many pieces."""
+    return joined(batch for piece in pieces for batch in read_batches(piece, aside, text_column))
 
 
 def _split(file: Path, root: Path, piece_bytes: int) -> list[Piece]:
@@ -62,7 +92,7 @@ def _split(file: Path, root: Path, piece_bytes: int) -> list[Piece]:
 
 def _split_plain(handle: io.BufferedReader, whole: Piece, piece_bytes: int) -> list[Piece]:
     """Byte ranges or row groups; nothing where a file has to be read from its beginning."""
-    container = detect(handle.peek(HEAD)[:HEAD]).container if is_plain(handle) else ""
+    container = detect(handle.peek(HEAD)[:HEAD], is_csv(whole.file)).container if is_plain(handle) else ""
     if container == "parquet":
         sizes = _group_sizes(pq.ParquetFile(handle).metadata)
         return [whole._replace(start=a, end=b, size=size) for a, b, size in _runs(sizes, piece_bytes)]

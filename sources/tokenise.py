@@ -14,7 +14,7 @@ from chatglm_tokenizer.load import load_tokenizer
 from chatglm_tokenizer.tokenization_chatglm import ChatGLMTokenizer
 from data_clean.texts import Texts, from_arrow
 from sources.aside import SetAside
-from sources.pieces import PIECE_BYTES, Piece, read_batches
+from sources.pieces import PIECE_BYTES, Piece, grouped, read_batches
 from sources.published_tokens import PublishedReader, TokenPiece
 from sources.token_runs import ENTRY, RunWriter, gather, starts_of
 from sources.validation import text_hashes
@@ -81,15 +81,8 @@ class SourceTally:
 
 
 def make_tasks(pieces: Sequence[Piece | TokenPiece], options: Options, compiled: bool) -> list[Task]:
-    """Group pieces: many small files would otherwise be as many folders of results."""
-    groups: list[list[Piece | TokenPiece]] = []
-    size = 0
-    for piece in pieces:
-        if not groups or size + piece.size > PIECE_BYTES:
-            groups.append([])
-            size = 0
-        groups[-1].append(piece)
-        size += piece.size
+    """A task for every group of pieces."""
+    groups = grouped(pieces, PIECE_BYTES)
     return [Task(number, group, options, compiled) for number, group in enumerate(groups)]
 
 

@@ -133,6 +133,12 @@ def test_preferred_source_and_comparison_with_a_cleaned_corpus(raw, tmp_path):
     )
     assert sorted(row["text"] for row in rows) == sorted(new)
     assert set(report["sources"]) == {"extra", "other", "new"}
+    # An older result below the corpus is no corpus.
+    shutil.copytree(tmp_path / "old", tmp_path / "more" / "old")
+    _, again = cleaned(
+        "--data", tmp_path / "more", "--out", tmp_path / "c", "--against", tmp_path / "more" / "old"
+    )
+    assert again["sources"] == report["sources"]
 
 
 def test_lines_that_many_documents_share(tmp_path):

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_clean.normalise import HALF_WIDTH, comparison_key, normalise, normalise_batch, simplify
+from data_clean.keys import comparison_key
+from data_clean.normalise import HALF_WIDTH, normalise, normalise_batch, simplify
 from data_clean.texts import concatenate, from_strings
 
 PIECES = [
@@ -36,13 +37,6 @@ def test_normal_forms_are_stable(text):
     assert unicodedata.is_normalized("NFC", once)
     assert comparison_key(comparison_key(text)) == comparison_key(text)
     assert comparison_key(f" 。{text}！\n") == comparison_key(text)
-
-
-def test_comparison_key_ignores_width_case_and_punctuation_only():
-    assert comparison_key("ＡＢc，１２３！ 中文。") == "abc123中文"
-    assert comparison_key("25℃ ㎏") == comparison_key("25°C kg")
-    assert comparison_key("की") != comparison_key("का")  # vowel signs count
-    assert comparison_key("、。！🙂") == ""
 
 
 @settings(max_examples=500, deadline=None)

@@ -102,3 +102,15 @@ def test_trimming_is_that_of_python():
     texts = [chr(code) + "字" + chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
     array = pc.utf8_trim_whitespace(pa.array(texts, pa.large_string()))
     assert array.to_pylist() == [text.strip() for text in texts]
+
+
+def test_links_in_the_column_source_are_no_data_sets():
+    """A corpus whose `source` is a link has one in every row: more names than a report can list."""
+    texts, links = [f"第{i}篇" for i in range(3000)], [f"https://a.cn/{i}" for i in range(3000)]
+    few = ["甲", "乙", "丙"] * 1000
+    for names, found in ((links, {"file.xyz"}), (few, set(few))):
+        with file_of(parquet(pa.table({"text": texts, "source": names}), row_group_size=1100)) as path:
+            pieces = split_into_pieces(path, piece_bytes=1)
+            batches = [batch for piece in pieces for batch in read_batches(piece, SetAside())]
+        assert len(pieces) == 3 and sum(len(batch.texts) for batch in batches) == 3000
+        assert {name for batch in batches for name in batch.sources.to_pylist()} == found

@@ -23,10 +23,11 @@ from corpus_files import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_clean import clear
 from sources import batches, streams
 from sources.aside import FileAside, SetAside
 from sources.json_rows import BAD_TEXT, lines
-from sources.pieces import read_batches, split_into_pieces
+from sources.pieces import grouped, read_batches, read_together, split_into_pieces
 from sources.pretrain_text import read_documents
 
 LINE = st.text(CHARACTERS.filter(lambda char: char not in "\r\n"), max_size=25)
@@ -161,6 +162,22 @@ def test_batches_are_bounded(lengths, limit, container):
         data = sum(len(text.encode()) for text in batch.texts.to_pylist())
         assert len(batch.texts) == 1 or (data <= limit and len(batch.texts) <= 5)
     assert [text for batch in found for text in batch.texts.to_pylist()] == ["字" * n for n in lengths if n]
+
+
+def test_small_files_are_worked_on_together(tmp_path):
+    for number in range(300):
+        (tmp_path / f"{number:03d}.txt").write_text(f"第{number}篇\n又一篇\n", encoding="utf-8")
+    (tmp_path / "zz.txt").write_text("长" * 100_000, encoding="utf-8")
+    pieces = split_into_pieces(tmp_path)
+    small, large = grouped(pieces, 250_000)
+    [batch], aside = list(read_together(small, SetAside())), SetAside()
+    one_by_one = [text for piece in small for b in read_batches(piece, aside) for text in b.texts.to_pylist()]
+    assert [*small, *large] == pieces and len(large) == 1
+    assert batch.texts.to_pylist() == one_by_one and len(one_by_one) == 600
+    assert batch.sources.to_pylist()[:3] == ["000", "000", "001"]
+    for number in range(300, 2000):
+        (tmp_path / f"{number:03d}.txt").write_text("一篇\n" * 30, encoding="utf-8")
+    assert 100 < len(clear.extract_jobs(clear.Config(data=tmp_path))) <= 512
 
 
 def test_merged_reports_are_as_one(tmp_path):

@@ -461,6 +461,19 @@ def test_short_texts_are_not_called_repetitive():
     )
 
 
+def test_lists_of_works_stay_outside_the_web():
+    works = "".join(f"《{title}》（{1950 + n}年）；" for n, title in enumerate(cut(HAN[:140], 4)))
+    text = f"主要作品：{works}"
+    assert [verdict(text, preset) for preset in ("general", "encyclopedia", "medical", "books")] == [None] * 4
+    assert verdict(text, "web")
+
+
+def test_the_frame_of_a_forum_is_no_text():
+    frame = "只看该作者 | 回复 | 举报\n回复 支持 反对 使用道具 举报\n您需要登录后才可以回帖 登录\n返回列表 发新帖 回复"
+    assert verdict(frame) == "广告或网页边框"
+    assert verdict("论坛上有人问使用道具的办法，楼主回复说先看说明书，再到商店里去买。") is None
+
+
 def test_overrides_take_the_place_of_limits():
     text = "氧：化学元素，符号O，原子序数8。"
     assert verdict(text, overrides={"过短": 100}) == "过短"

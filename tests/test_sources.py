@@ -288,6 +288,25 @@ def test_read_documents_names_the_sources(tmp_path):
     assert len(aside) == 1 and aside.examples[0]["row"] == 2 and "txt" in aside.examples[0]["reason"]
 
 
+@pytest.mark.parametrize(
+    "first", ["{{消歧义}}本条目介绍一座城", "[[中国]]是一个国家", "{1，2}是集合", "[1] 书目"]
+)
+def test_brackets_of_plain_text_are_no_json(first):
+    """One such line at the beginning must not cost the whole file."""
+    rows, aside = rows_of(f"{first}\n第二行\n第三行\n".encode())
+    assert [row for _, row in rows] == [first, "第二行", "第三行"] and not aside
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.csv.gz"])
+def test_cells_of_csv_files_are_texts(tmp_path, name):
+    content = 'label,text\n1,"一段，有""引号""\n和换行"\n2,\n3,第二段\n'.encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    aside = SetAside()
+    documents = list(read_documents(tmp_path, aside))
+    assert [d.text for d in documents] == ['一段，有"引号"\n和换行', "第二段"]
+    assert [(e["row"], e["reason"]) for e in aside.examples] == [(2, "字段 text 为空")]
+
+
 def test_list_files_explains_itself(tmp_path):
     with pytest.raises(UserError, match="找不到"):
         list_files(tmp_path / "missing")
@@ -298,6 +317,9 @@ def test_list_files_explains_itself(tmp_path):
     with pytest.raises(UserError):
         list_files(tmp_path, skip=[tmp_path / "out"])
     assert list_files(tmp_path / "out", skip=[tmp_path / "out"]) == [tmp_path / "out" / "x.txt"]
+    for name in ("report.json", "report.html", "report.jsonl", "README.txt"):
+        (tmp_path / "out" / name).touch()
+    assert [file.name for file in list_files(tmp_path / "out")] == ["report.jsonl", "x.txt"]
     assert stem(Path("a.b.jsonl.gz")) == "a.b" and source_name(Path("x/y.json"), Path("x/y.json")) == "y"
 
 

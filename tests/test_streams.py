@@ -124,6 +124,7 @@ def test_truncated_streams_keep_what_comes_before(container):
         assert whole - lost / 20 <= len(texts) <= whole + 1 and whole > 1000
         assert texts == [row["text"] for row in documents(30_000)[: len(texts)]]
         assert "压缩文件损坏" in aside.examples[-1]["reason"]
+        assert aside.examples[-1]["row"] == len(texts) + 1
 
 
 def test_padding_and_skippable_frames_are_no_damage():

@@ -176,6 +176,14 @@ def test_training_a_vocabulary_too_large_for_the_corpus_is_explained(tmp_path) -
     assert script("train_tokenizer.py", "--data", tmp_path / "none", ok=False).stderr.count("\n") == 1
 
 
+def test_a_folder_that_cannot_be_written_is_said_before_the_training(tmp_path) -> None:
+    (tmp_path / "file").write_text("甲\n" * 9, encoding="utf-8")
+    failed = script(
+        "train_tokenizer.py", "--data", tmp_path / "file", "--out", tmp_path / "file" / "x.model", ok=False
+    )
+    assert f"无法写入 {tmp_path / 'file' / 'x.model'}" in failed.stderr and failed.stderr.count("\n") == 1
+
+
 def test_not_a_vocabulary(tmp_path) -> None:
     (tmp_path / "bad.model").write_bytes(b"garbage")
     failed = script("data_process.py", "--data", tmp_path, "--tokenizer", tmp_path / "bad.model", ok=False)

@@ -235,7 +235,7 @@ def deduplicate(texts: Sequence[str], settings: Settings, threads: int = 1) -> R
             documents = Documents(part, np.full(len(rows), "", object), rows)
             signatures = sign(keys_of(part), settings)
             path = Path(folder, str(len(shards)))
-            shards.append(Shard(path, write_shard(path, documents, signatures, np.zeros(len(rows), int))))
+            shards.append(Shard(path, write_shard(path, [documents], [signatures], np.zeros(len(rows), int))))
         clusters = find_clusters(Corpus(shards), settings, partial(join_near, threads=threads))
     cluster = order.astype(np.int64)
     cluster[clusters.members] = clusters.kept

@@ -14,12 +14,9 @@ from typing import NamedTuple
 import numpy as np
 
 from data_clean.signatures import Signatures
-from data_clean.texts import Texts
+from data_clean.texts import Texts, arranged
 
 TEXT = "text.bin"
-WRITTEN = (
-    4000  # texts written at a time: small buffers are used again, large ones have to be cleared by the system
-)
 SLOTS = 4096  # the most parts that the output can have
 
 
@@ -79,31 +76,37 @@ class Shard:
 
 
 def write_shard(
-    folder: Path, documents: Documents, signatures: Sequence[np.ndarray], slot_of: np.ndarray
+    folder: Path,
+    batches: Sequence[Documents],
+    signatures: Sequence[Sequence[np.ndarray]],
+    slot_of: np.ndarray,
 ) -> list[str]:
     """Write documents as a shard.
 
-    signatures: columns of `Signatures`, or nothing. slot_of: (n,) slot of each document. Returns the names of the
-    data sets, behind the codes in the column "source".
+    signatures: of each batch the columns of `Signatures`, or nothing. slot_of: (n,) slot of each document. Returns the
+    names of the data sets, behind the codes in the column "source".
     """
     folder.mkdir()
-    order, texts = np.argsort(slot_of, kind="stable"), documents.texts
-    with open(folder / TEXT, "wb") as file:
-        for rows in np.array_split(order, len(order) // WRITTEN + 1):
-            file.write(texts.take(rows).data)
-    names = sorted(set(documents.sources))
+    order, parts = np.argsort(slot_of, kind="stable"), [batch.texts for batch in batches]
+    texts = arranged(parts, order)
+    texts.data.tofile(folder / TEXT)
+    sources = np.concatenate([batch.sources for batch in batches])
+    names = sorted(set(sources))
     code_of = {name: code for code, name in enumerate(names)}
-    codes = np.array([code_of[name] for name in documents.sources], np.uint32)
+    codes = np.array([code_of[name] for name in sources], np.uint32)
     columns = {
-        "order": documents.order,
+        "order": np.concatenate([batch.order for batch in batches]),
         "source": codes,
-        **{name: column for name, column in zip(Signatures._fields, signatures, strict=False) if len(column)},
+        "length": np.concatenate([part.characters for part in parts]).astype(np.uint32),
     }
+    # Without a method's signatures, its columns are empty.
+    for name, columns_of in zip(Signatures._fields, zip(*signatures, strict=True), strict=False):
+        if len(column := np.concatenate(columns_of)):
+            columns[name] = column
     for name, column in columns.items():
         # Band keys are read band by band, everything else document by document.
         np.save(folder / f"{name}.npy", column[order].T.copy() if name == "bands" else column[order])
-    np.save(folder / "starts.npy", np.append(0, texts.sizes[order].cumsum()))
-    np.save(folder / "length.npy", texts.characters[order].astype(np.uint32))
+    np.save(folder / "starts.npy", texts.starts)
     np.save(folder / "slots.npy", np.searchsorted(slot_of[order], np.arange(SLOTS + 1)))
     return names
 

@@ -26,7 +26,7 @@ from data_clean.rules import RuleSet, preset_of
 from data_clean.shards import SLOTS, Corpus, Documents, Shard, write_shard
 from data_clean.signatures import Settings, Signatures, sign
 from data_clean.tally import CONTAMINATED, SHARES, Tally
-from data_clean.texts import concatenate, from_arrow
+from data_clean.texts import arranged, from_arrow
 from sources.aside import SetAside
 from sources.pieces import Piece, read_together
 
@@ -114,7 +114,7 @@ def strip_lines(job: StripJob, folder: Path) -> dict[str, Any]:
     if not documents.texts.count:
         return {"tally": cleaner.tally.to_json(), "shards": []}
     slot_of = shard.slot_of()[np.isin(before.order, documents.order)]
-    sources = write_shard(folder / f"{job.number:03d}", documents, cleaner.sign(documents), slot_of)
+    sources = write_shard(folder / f"{job.number:03d}", [documents], [cleaner.sign(documents)], slot_of)
     return {"tally": cleaner.tally.to_json(), "shards": [sources]}
 
 
@@ -144,20 +144,21 @@ def write_part(job: PartJob, folder: Path) -> dict[str, Any]:
 
     start, tally, keep = time.process_time(), Tally(), np.load(job.keep, mmap_mode="r")
     schema = pa.schema([("text", pa.large_string()), ("source", pa.string())])
-    texts, sources = [], [np.empty(0, object)]
-    for shard, flags in Corpus(job.shards).by_shard(keep):
+    mapped, flags, sources = [], [np.empty(0, bool)], [np.empty(0, object)]
+    for shard, kept in Corpus(job.shards).by_shard(keep):
         here = shard.part(job.number, job.parts)
-        kept = np.flatnonzero(flags[here])
-        texts.append(shard.texts(here).take(kept))
-        sources.append(shard.source_names(here)[kept])
-    all_texts, all_sources = concatenate(texts), np.concatenate(sources)
-    order = np.random.default_rng([job.seed, job.number]).permutation(all_texts.count)
+        mapped.append(shard.texts(here))
+        flags.append(kept[here])
+        sources.append(shard.source_names(here))
+    numbers = np.flatnonzero(np.concatenate(flags))
+    order = np.random.default_rng([job.seed, job.number]).permutation(numbers)
+    texts, names = arranged(mapped, order), np.concatenate(sources)[order]
     options = dict(compression="zstd", use_dictionary=["source"], write_statistics=["source"])
     with pq.ParquetWriter(folder / PART, schema, **options) as writer:
-        for rows in np.array_split(order, len(order) // ROW_GROUP + 1):
-            group, names = all_texts.take(rows), all_sources[rows]
-            tally.count_kept(group, names)
-            writer.write_table(pa.table([group.to_arrow(), pa.array(names, pa.string())], schema=schema))
+        for first in range(0, max(1, len(order)), ROW_GROUP):
+            group, here = texts.slice(first, first + ROW_GROUP), names[first : first + ROW_GROUP]
+            tally.count_kept(group, here)
+            writer.write_table(pa.table([group.to_arrow(), pa.array(here, pa.string())], schema=schema))
     size = tally.kept_characters
     tally.step("打乱与写出", len(order), len(order), size, size, time.process_time() - start)
     return {"tally": tally.to_json()}
@@ -302,15 +303,13 @@ class ShardWriter:
         if not self.bytes:
             return
         start = time.process_time()
-        texts, sources, order = zip(*self.documents, strict=True)
-        documents = Documents(concatenate(texts), np.concatenate(sources), np.concatenate(order))
-        signatures = [np.concatenate(parts) for parts in zip(*self.signatures, strict=True)]
         number = len(self.sources)
         rng = np.random.default_rng([self.recipe.seed, self.number, number])
-        slot_of = rng.integers(0, SLOTS, documents.texts.count)
+        slot_of = rng.integers(0, SLOTS, sum(batch.texts.count for batch in self.documents))
         folder = self.folder / f"{number:03d}"
-        self.sources.append(write_shard(folder, documents, signatures, slot_of))
+        self.sources.append(write_shard(folder, self.documents, self.signatures, slot_of))
         if self.recipe.boilerplate:
-            np.save(folder / "lines.npy", line_hashes(documents.texts))
+            lines = [line_hashes(batch.texts) for batch in self.documents]
+            np.save(folder / "lines.npy", np.concatenate(lines))
         self.documents, self.signatures, self.bytes = [], [], 0
         self.tally.add_seconds("写中间文件", time.process_time() - start)

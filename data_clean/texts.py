@@ -1,12 +1,13 @@
 """Many texts in one buffer, the form in which compiled code, Arrow and files on disk take them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numba import njit
 
 
 class _Buffer(NamedTuple):
@@ -42,9 +43,17 @@ class Texts(_Buffer):
         buffers = [pa.py_buffer(np.ascontiguousarray(part)) for part in (self.starts, self.data)]
         return pa.LargeStringArray.from_buffers(self.count, *buffers)
 
+    def slice(self, first: int, end: int) -> "Texts":
+        """The texts from one position to before another; nothing is copied."""
+        starts = self.starts[first : end + 1]
+        return Texts(self.data[starts[0] : starts[-1]], starts - starts[0])
+
     def take(self, indices: np.ndarray) -> "Texts":
         """The texts at these positions, in this order, copied into a new buffer."""
-        return from_arrow(self.to_arrow().take(pa.array(indices, pa.int64())))
+        taken = from_arrow(self.to_arrow().take(pa.array(indices, pa.int64())))
+        if "characters" in self.__dict__:  # counted already
+            taken.characters = self.characters[indices]
+        return taken
 
     def replace(self, where: np.ndarray, strings: list[str]) -> "Texts":
         """The same texts but for those at the positions `where`, a mask (n,) bool, in a new buffer."""
@@ -66,11 +75,26 @@ def from_arrow(array: pa.Array) -> Texts:
     return Texts(data[starts[0] : starts[-1]], starts - starts[0])
 
 
-def concatenate(parts: list[Texts]) -> Texts:
-    """All the texts of all parts, in order."""
-    sizes = [part.sizes for part in parts]
-    starts = np.concatenate([np.zeros(1, np.int64), *sizes]).cumsum()
-    return frozen(np.concatenate([np.empty(0, np.uint8), *(part.data for part in parts)]), starts)
+def arranged(parts: Sequence[Texts], order: np.ndarray) -> Texts:
+    """The texts of all parts in this order, (m,) positions among them; every byte is copied once."""
+    firsts = np.cumsum([0, *(part.count for part in parts)])
+    sizes = np.concatenate([np.empty(0, np.int64), *(part.sizes for part in parts)])[order]
+    starts = np.concatenate([np.zeros(1, np.int64), sizes.cumsum()])
+    data, by_part = np.empty(starts[-1], np.uint8), np.argsort(order, kind="stable")
+    ends = np.searchsorted(order[by_part], firsts)
+    for part, first, begin, end in zip(parts, firsts, ends, ends[1:], strict=False):
+        places = by_part[begin:end]
+        _copy(part.data, part.starts, order[places] - first, data, starts[places])
+    return frozen(data, starts)
+
+
+@njit(cache=True, nogil=True)
+def _copy(data, starts, rows, target, places):
+    """Put the texts at `rows` (m,) to `places` (m,) in the target."""
+    for i in range(len(rows)):
+        begin, place = np.uint64(starts[rows[i]]), np.uint64(places[i])
+        for j in range(np.uint64(starts[rows[i] + 1]) - begin):  # half the time of assigning a slice
+            target[place + j] = data[begin + j]
 
 
 def frozen(data: np.ndarray, starts: np.ndarray) -> Texts:

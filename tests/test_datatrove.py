@@ -193,7 +193,7 @@ def make_plan(folder, groups, cfg, references=0):
         task.mkdir(parents=True)
         names = []
         if group:
-            names = [write_shard(task / "000", documents, sign(keys_of(texts), cfg.duplicates), slots)]
+            names = [write_shard(task / "000", [documents], [sign(keys_of(texts), cfg.duplicates)], slots)]
         (task / RESULT).write_text(json.dumps({"shards": names}), encoding="utf-8")
         jobs.append(clear.ExtractJob(number, None, None, number < references))
     return datatrove_blocks.Plan(cfg, jobs, work)

@@ -34,7 +34,8 @@ def corpus_of(folder: Path, texts, config=DEFAULT, sources=None, shards=1, refer
     for number, part in enumerate(np.array_split(np.arange(len(texts)), shards)):
         documents = Documents(from_strings([texts[i] for i in part]), sources[part], part.astype(np.uint64))
         slot_of = np.random.default_rng(number).integers(0, SLOTS, len(part))
-        names = write_shard(folder / f"{number}", documents, sign(keys_of(documents.texts), config), slot_of)
+        signatures = sign(keys_of(documents.texts), config)
+        names = write_shard(folder / f"{number}", [documents], [signatures], slot_of)
         made.append(Shard(folder / f"{number}", names, number < references))
     return Corpus(made)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from data_clean.keys import comparison_key
 from data_clean.normalise import HALF_WIDTH, normalise, normalise_batch, simplify
-from data_clean.texts import concatenate, from_strings
+from data_clean.texts import arranged, from_strings
 
 PIECES = [
     *"中文。eéか가ａ９Ｚ，！漢發ÅK \n\r\t\x0b\x85\u2028\u00a0\u3000\u2003\u2000",
@@ -94,7 +94,8 @@ def test_nothing_is_copied_for_normal_texts():
     ]
     texts = from_strings(normal)
     assert normalise_batch(texts) is texts and normalise_batch(texts, half_width=True) is texts
-    mixed = concatenate([texts, from_strings([" 空格 ", "e\u0301"]), texts])
+    parts = [texts, from_strings([" 空格 ", "e\u0301"]), texts]
+    mixed = arranged(parts, np.arange(sum(part.count for part in parts)))
     assert normalise_batch(mixed).texts() == [*normal, "空格", "é", *normal]
     assert normalise_batch(from_strings([])).count == 0
     part = mixed.take(np.array([50, 0, 51]))

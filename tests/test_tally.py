@@ -207,7 +207,7 @@ def corpus(tmp_path_factory):
             from_strings(part), names(*["甲", "乙", "丙", "丁"] * 30), np.arange(120, dtype=np.uint64)
         )
         path = folder / str(number)
-        sources = write_shard(path, documents, sign(keys_of(documents.texts), chosen), np.zeros(120, int))
+        sources = write_shard(path, [documents], [sign(keys_of(documents.texts), chosen)], np.zeros(120, int))
         shards.append(Shard(path, sources))
     return Corpus(shards), chosen
 

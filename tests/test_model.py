@@ -149,7 +149,7 @@ def test_generation_ends_at_the_context_and_crops_long_prompts() -> None:
     assert len(generate(model, [[1] * 50], greedy(4))[0]) == 4
     with pytest.raises(ValueError, match="max_seq_len"):
         model(torch.ones(1, 17, dtype=torch.long))
-    with pytest.raises(ValueError, match="at least one token"):
+    with pytest.raises(ValueError, match="至少要有一个 token"):
         generate(model, [[]], greedy(4))
 
 

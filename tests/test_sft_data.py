@@ -296,7 +296,7 @@ def test_what_is_written_beside_never_replaces_an_input(tmp_path):
     ("content", "message"),
     [
         (b"", "空文件"),
-        (b"{bad", "不是有效的 JSON"),
+        (b'{"bad', "不是有效的 JSON"),
         (json.dumps([alpaca()], ensure_ascii=False).encode("gbk"), "iconv -f GBK"),
         (b'[{"text": "x"}]', "现有字段：text"),
         (b"question,reply\n1,2\n", "现有字段：question、reply"),

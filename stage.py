@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 # OpenMP threads that wait at a barrier spin, by default for milliseconds: on two cores a training step is then 1.3 to
-# 5 times slower as soon as anything else runs. A short spin costs nothing then and is faster when nothing does
-# (docs/LOG.md). libgomp reads this when torch is first imported.
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+# 5 times slower as soon as anything else runs. A shorter spin costs little then, and bridges the gaps between the
+# matrix products of decoding when nothing does (docs/LOG.md). libgomp reads this when torch is first imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "8000")
 
 UMASK = os.umask(0)  # which cannot be read without being set
 os.umask(UMASK)

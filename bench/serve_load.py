@@ -33,6 +33,7 @@ class Config(StageConfig):
     seconds: float = 15.0  # 每种客户端数测多少秒
     max_tokens: int = 64  # 每个回答最多多少 token
     slots: int = 16  # serve.py --slots
+    options: str = ""  # 另外传给 serve.py 的参数，如 --options="--precision fp32"：没有一个回答会不同
 
 
 @dataclass
@@ -48,7 +49,8 @@ class Tally:
 
 def main(cfg: Config) -> None:
     process = subprocess.Popen(
-        [sys.executable, ROOT / "serve.py", "--model", cfg.model, "--port", "0", "--slots", str(cfg.slots)],
+        [sys.executable, ROOT / "serve.py", "--model", cfg.model, "--port", "0", "--slots", str(cfg.slots),
+         *cfg.options.split()],
         stdout=subprocess.PIPE, text=True, encoding="utf-8",
     )  # fmt: skip
     try:

@@ -55,7 +55,7 @@ class Shard:
         first, end, _ = where.indices(self.count)
         starts = np.array(self.column("starts")[first : end + 1])
         data = np.asarray(np.memmap(self.folder / TEXT, np.uint8, "r"))
-        return Texts(data[starts[0] : starts[-1]], starts - starts[0])
+        return Texts(data, starts).slice(0, end - first)
 
     def sizes(self) -> np.ndarray:
         """UTF-8 bytes of each document, (count,)."""

@@ -70,9 +70,8 @@ def from_arrow(array: pa.Array) -> Texts:
     """View an Arrow string array without nulls; nothing is copied."""
     array = array.cast(pa.large_string())
     _, starts, data = array.buffers()
-    starts = np.frombuffer(starts, np.int64)[array.offset : array.offset + len(array) + 1]
     data = np.frombuffer(data, np.uint8) if data is not None else np.empty(0, np.uint8)
-    return Texts(data[starts[0] : starts[-1]], starts - starts[0])
+    return Texts(data, np.frombuffer(starts, np.int64)).slice(array.offset, array.offset + len(array))
 
 
 def arranged(parts: Sequence[Texts], order: np.ndarray) -> Texts:

@@ -92,11 +92,11 @@ class Muon(torch.optim.Optimizer):
             follow, rate, keep = (
                 torch.where(skip, still, value) for still, value in ((0.0, follow), (0.0, rate), (1.0, keep))
             )
+        follow = torch.as_tensor(follow, dtype=grads[0].dtype, device=grads[0].device)
+        ahead = []  # Nesterov's momentum
         for momentum, grad in zip(momenta, grads, strict=True):
-            momentum.lerp_(grad, torch.as_tensor(follow, dtype=grad.dtype, device=grad.device))
-        ahead = [
-            g.lerp(m, group["momentum"]).to(self.dtype) for g, m in zip(grads, momenta, strict=True)
-        ]  # Nesterov
+            momentum.lerp_(grad, follow)
+            ahead.append(grad.lerp(momentum, group["momentum"]).to(self.dtype))
         updates = self.orthogonalise(torch.stack(ahead), params[0])  # (S, rows here, n)
         for weight, update in zip(weights, updates, strict=True):
             weight.mul_(keep).sub_(update.to(weight.dtype).mul_(rate))
